@@ -1,0 +1,38 @@
+"""``megatron-sharpness``: the commands beside training itself.
+
+Every command is a module with ``add_arguments(parser)`` and ``run(arguments)``. These modules
+import what is heavy (torch, Megatron, matplotlib) only when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_sharpness import data, report
+from megatron_sharpness.errors import InputError
+
+COMMANDS = {
+    "tokenize": (data, "write text into Megatron's indexed dataset format, byte by byte"),
+    "report": (report, "print the last measurements of a run and draw its curves"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 1 for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="megatron-sharpness", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary + "."))
+    arguments = parser.parse_args(argv)
+    try:
+        COMMANDS[arguments.command][0].run(arguments)
+    except InputError as error:
+        print(f"megatron-sharpness {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

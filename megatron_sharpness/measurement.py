@@ -1,0 +1,124 @@
+"""The record of one measurement of critical sharpness, and what its numbers mean.
+
+Notation, after Kalra et al., "A Scalable Measure of Loss Landscape Curvature for Analyzing the
+Training Dynamics of LLMs" (2026, arXiv 2601.16979): the optimizer has moved θ to θ − ηΔθ with the
+learning rate η; L is the loss of the step's own batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, Literal, get_args
+
+#: How a measurement ended. The first six are endings of the line search.
+Status = Literal[
+    "found",  # L(lower) ≤ L(θ) < L(upper), and the bracket is as narrow as asked for
+    "not_descent",  # the slope is not positive and no decrease was found: η_c = 0
+    "no_upper",  # the loss never rises along the update
+    "no_lower",  # the loss never falls along the update
+    "non_finite",  # L(θ) itself is NaN or infinite
+    "exhausted",  # the evaluations were spent
+    "skipped_step",  # the optimizer skipped this step (overflow under fp16 loss scaling)
+    "zero_lr",  # the learning rate is zero: nothing has moved
+    "noise_limited",  # the loss repeats too badly to tell L(θ − ηΔθ) from L(θ)
+    "failed",  # an error during the measurement; `reason` says which
+]
+STATUSES: tuple[str, ...] = get_args(Status)
+
+#: Above this ratio of loss noise to the predicted decrease s·η_c a root is not trusted.
+NOISE_LIMIT = 0.03
+
+#: Tag in TensorBoard and W&B → field of :class:`Measurement`.
+TAGS = {
+    "critical-sharpness": "critical_sharpness",
+    "critical-learning-rate": "critical_lr",
+    "learning-rate-over-critical": "lr_over_critical",
+    "directional-sharpness": "directional_sharpness",
+    "edge-of-stability": "edge_of_stability",
+    "critical-sharpness-evaluations": "evaluations",
+    "critical-sharpness-seconds": "seconds",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One measurement. A number that could not be had is ``None``, and ``status`` says why.
+
+    Attributes:
+        iteration: training iteration, counted from 1 as in the training log.
+        consumed_samples: samples trained on up to and with this iteration.
+        lr: learning rate η of the step.
+        loss: L(θ), mean loss a token of the step's batch before the step, in nats.
+        slope: s = ⟨g, Δθ⟩ with the unclipped gradient g, the first-order decrease for a unit of
+            learning rate.
+        critical_lr: η_c = min{η > 0 : L(θ − ηΔθ) > L(θ)} (Def. 2.1), interpolated in its bracket.
+        critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper).
+        critical_sharpness: λ_c = 2/η_c (Def. 2.1).
+        directional_sharpness: λ_dir = ΔθᵀHΔθ / ⟨g, Δθ⟩ (Result 2.1), estimated from the probes as
+            :func:`megatron_sharpness.search.estimate_directional_sharpness` says.
+        edge_of_stability: 2/η − γ, the line for λ_c and for λ_max of the Hessian, γ being the
+            decoupled weight decay.
+        edge_of_stability_preconditioned: (2/η − γ)(1 + β₁)/(1 − β₁), the line for λ_max of the
+            pre-conditioned Hessian under Adam (Result 3.1).
+        lr_over_critical: η/η_c; the step alone would raise the loss where it is above 1.
+        update_norm: ‖Δθ‖₂ over all parameters.
+        evaluations: forward passes over the batch that the search made.
+        seconds: wall-clock time of the measurement.
+        tokens: tokens in the batch that the loss was averaged over.
+        batch: which batch, ``train`` being the step's own.
+        status: how the measurement ended, see :data:`Status`.
+        non_monotone: whether the loss crossed L(θ) more than once along the line.
+        noise: root-mean-square error of a loss, in nats, seen when the run was first measured.
+        reason: for ``failed`` and ``noise_limited``, what was seen.
+    """
+
+    iteration: int
+    consumed_samples: int
+    lr: float
+    batch: str
+    status: Status
+    loss: float | None = None
+    slope: float | None = None
+    critical_lr: float | None = None
+    critical_lr_lower: float | None = None
+    critical_lr_upper: float | None = None
+    critical_sharpness: float | None = None
+    directional_sharpness: float | None = None
+    edge_of_stability: float | None = None
+    edge_of_stability_preconditioned: float | None = None
+    lr_over_critical: float | None = None
+    update_norm: float | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
+    tokens: int | None = None
+    non_monotone: bool = False
+    noise: float | None = None
+    reason: str | None = None
+
+    def to_json(self) -> str:
+        """One line of strict JSON: a number that is not finite is ``null``."""
+        return json.dumps(
+            {key: _finite(value) for key, value in dataclasses.asdict(self).items()},
+            allow_nan=False,
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """Tag → value of what a logger can draw; what was not measured is left out."""
+        values = {tag: _finite(getattr(self, field)) for tag, field in TAGS.items()}
+        return {tag: float(value) for tag, value in values.items() if value is not None}
+
+
+def edge_of_stability(lr: float, weight_decay: float) -> float:
+    """2/η − γ: where λ_c and λ_max of the Hessian settle at the edge of stability."""
+    return 2.0 / lr - weight_decay
+
+
+def edge_of_stability_preconditioned(lr: float, weight_decay: float, beta1: float) -> float:
+    """(2/η − γ)(1 + β₁)/(1 − β₁): the line for the pre-conditioned Hessian (Result 3.1)."""
+    return edge_of_stability(lr, weight_decay) * (1.0 + beta1) / (1.0 - beta1)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

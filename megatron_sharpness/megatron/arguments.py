@@ -1,0 +1,167 @@
+"""The command-line flags, in Megatron's own parser, and what is refused at start-up."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_sharpness.meter import Settings
+
+_EVERY = "--measure-critical-sharpness-every"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group "critical sharpness" to Megatron's parser."""
+    group = parser.add_argument_group(
+        "critical sharpness",
+        "Curvature of the loss along the optimizer's own updates (arXiv 2601.16979).",
+    )
+    defaults = Settings()
+    group.add_argument(
+        _EVERY,
+        type=int,
+        default=0,
+        metavar="N",
+        help="Measure critical sharpness at every iteration that N divides; 0, the default, is "
+        "off. A measurement takes about as long as four to five forward passes over the batch.",
+    )
+    group.add_argument(
+        "--critical-sharpness-method",
+        choices=["certified", "bisection"],
+        default=defaults.method,
+        help="Line search for the critical learning rate: 'certified' predicts it from the slope "
+        "and certifies a bracket; 'bisection' is the paper's, to the letter, and takes about "
+        "twice as many forward passes.",
+    )
+    group.add_argument(
+        "--critical-sharpness-tolerance",
+        type=float,
+        default=defaults.tolerance,
+        help="Relative width |1 - lower/upper| of the bracket around the critical learning rate, "
+        "between 0 and 1 (default: 1/16).",
+    )
+    group.add_argument(
+        "--critical-sharpness-initial-guess",
+        type=float,
+        default=None,
+        help="Learning rate at which the first search starts (default: the step's own). Later "
+        "ones start where the last one ended, also after a resume.",
+    )
+    group.add_argument(
+        "--critical-sharpness-max-evaluations",
+        type=int,
+        default=defaults.max_evaluations,
+        help="Most forward passes that one measurement's search may spend (default: 40).",
+    )
+    group.add_argument(
+        "--critical-sharpness-mode",
+        choices=["train", "eval"],
+        default="train",
+        help="'train' replays the step's own dropout masks, so that the loss is the one that was "
+        "trained on; 'eval' switches dropout off and evaluates the loss before the step too.",
+    )
+    group.add_argument(
+        "--critical-sharpness-offload",
+        choices=["none", "cpu"],
+        default="none",
+        help="Where the copy of the owned shard of fp32 parameters lies during a measurement.",
+    )
+    group.add_argument(
+        "--critical-sharpness-log",
+        type=str,
+        default=None,
+        metavar="PATH",
+        help="File for one JSON line a measurement (default: critical_sharpness.jsonl in "
+        "--tensorboard-dir).",
+    )
+    group.add_argument(
+        "--critical-sharpness-on-error",
+        choices=["warn", "raise"],
+        default=defaults.on_error,
+        help="What a failed measurement does: 'warn' and train on, or 'raise'.",
+    )
+    return parser
+
+
+def settings_of(args: Any) -> Settings:
+    """The meter's settings from Megatron's arguments.
+
+    Raises:
+        ValueError: a flag's value cannot be used. The message names flag, value, reason and remedy.
+    """
+    every = args.measure_critical_sharpness_every
+    if every < 0:
+        raise _bad(_EVERY, every, "an interval is positive", "give 100, or 0 to switch it off")
+    tolerance = args.critical_sharpness_tolerance
+    if not 0.0 < tolerance < 1.0:
+        raise _bad(
+            "--critical-sharpness-tolerance",
+            tolerance,
+            "a relative width lies between 0 and 1",
+            "give 0.0625, the default, or leave it out",
+        )
+    guess = args.critical_sharpness_initial_guess
+    if guess is not None and not 0.0 < guess < float("inf"):
+        raise _bad(
+            "--critical-sharpness-initial-guess",
+            guess,
+            "a learning rate to start from is positive and finite",
+            "leave it out to start from the step's own",
+        )
+    evaluations = args.critical_sharpness_max_evaluations
+    if evaluations < 1:
+        raise _bad(
+            "--critical-sharpness-max-evaluations",
+            evaluations,
+            "a search needs forward passes",
+            "give 40, the default, or leave it out",
+        )
+    return Settings(
+        every=every,
+        method=args.critical_sharpness_method,
+        tolerance=tolerance,
+        initial_guess=guess,
+        max_evaluations=evaluations,
+        on_error=args.critical_sharpness_on_error,
+    )
+
+
+def log_path(args: Any) -> Path | None:
+    """Where the JSON lines go, or None where neither flag names a place."""
+    if args.critical_sharpness_log:
+        return Path(args.critical_sharpness_log)
+    if args.tensorboard_dir:
+        return Path(args.tensorboard_dir) / "critical_sharpness.jsonl"
+    return None
+
+
+def check_log_is_writable(args: Any) -> None:
+    """Refuse a log that cannot be written, on the rank that will write it.
+
+    Raises:
+        ValueError: names the flag, the path, the reason and the remedy.
+    """
+    path = log_path(args)
+    if path is None or args.rank != args.world_size - 1:
+        return
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        flag = "--critical-sharpness-log" if args.critical_sharpness_log else "--tensorboard-dir"
+        raise _bad(
+            flag,
+            str(path),
+            f"the file cannot be written ({error.strerror})",
+            "name a file in a folder that the last rank can write to",
+        ) from error
+    if not existed:
+        os.unlink(path)
+
+
+def _bad(flag: str, value: object, reason: str, remedy: str) -> ValueError:
+    return ValueError(f"{flag} {value}: {reason}; {remedy}.")

@@ -1,0 +1,166 @@
+"""The parameters of Megatron's optimizers as shards of an update line, and their all-gathers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from megatron_sharpness.update_line import Shard, UpdateLine
+
+
+def leaf_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers that own parameters: those of a chain, or the one that there is."""
+    chained = getattr(optimizer, "chained_optimizers", None)
+    return [optimizer] if chained is None else [x for o in chained for x in leaf_optimizers(o)]
+
+
+def shards_of(optimizer: Any) -> list[Shard]:
+    """This rank's shards of one leaf optimizer: main parameter and where the forward reads it."""
+    return [
+        Shard(main=main, model=model, counted=_is_counted(main, optimizer))
+        for main, model in _main_and_model(optimizer)
+    ]
+
+
+def _main_and_model(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if optimizer.is_stub_optimizer:  # this rank has nothing to train
+        return
+    if hasattr(optimizer, "model_param_gbuf_map"):  # DistributedOptimizer
+        for mains, models in (
+            (optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups),
+            (optimizer.shard_fp32_groups, optimizer.model_fp32_groups),
+        ):
+            for main, model in _flat_pairs(mains, models):
+                yield main, _slice_of_buffer(optimizer, model)
+    elif hasattr(optimizer, "float16_groups"):  # Float16OptimizerWithFloat16Params
+        yield from _flat_pairs(optimizer.fp32_from_float16_groups, optimizer.float16_groups)
+        yield from _flat_pairs(optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups)
+    else:  # FP32Optimizer
+        for parameter in optimizer.get_parameters():
+            yield parameter, parameter
+
+
+def _flat_pairs(
+    mains: Sequence[Sequence[Tensor]], models: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for main_group, model_group in zip(mains, models, strict=True):
+        yield from zip(main_group, model_group, strict=True)
+
+
+def _slice_of_buffer(optimizer: Any, parameter: Tensor) -> Tensor:
+    """The slice of the all-gathered parameter buffer that this rank's shard is written to."""
+    buffer_index, _, bucket_index = optimizer.model_param_gbuf_map[parameter]
+    bucket = optimizer.buffers[buffer_index].buckets[bucket_index]
+    owned = optimizer._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+    flat: Tensor = bucket.param_data.view(-1)[owned.start : owned.end]
+    return flat
+
+
+_DUPLICATE_GROUPS = tuple(
+    name
+    for name in ("tp_group", "expert_tp_group")
+    if name in inspect.signature(tensor_parallel.param_is_not_tensor_parallel_duplicate).parameters
+)
+
+
+def _is_counted(main: Tensor, optimizer: Any) -> bool:
+    """Whether Megatron counts this copy in the gradient norm: not shared, no tensor-parallel
+    duplicate."""
+    groups = {name: getattr(optimizer, name, None) for name in _DUPLICATE_GROUPS}
+    return not getattr(main, "shared", False) and bool(
+        tensor_parallel.param_is_not_tensor_parallel_duplicate(main, **groups)
+    )
+
+
+class MegatronLine:
+    """One optimizer step's line over all leaf optimizers, written into Megatron's model.
+
+    Args:
+        optimizer: what ``train_step`` steps.
+        model: the model chunks of this rank, as ``train_step`` gets them.
+        offload: keep the copies in host memory.
+    """
+
+    def __init__(self, optimizer: Any, model: Sequence[Any], *, offload: bool) -> None:
+        self.lines = [
+            (leaf, UpdateLine(shards_of(leaf), offload=offload))
+            for leaf in leaf_optimizers(optimizer)
+        ]
+        self.bucket_groups = [
+            group
+            for chunk in model
+            if getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False)
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        ]
+        self.chunks = [chunk for chunk in model if hasattr(chunk, "start_param_sync")]
+        self.is_open = False
+        self._dispatched: list[bool] = []
+
+    def begin(self) -> None:
+        """Keep θ_t; before the step."""
+        for _, line in self.lines:
+            line.begin()
+
+    def end(self) -> None:
+        """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
+        for _, line in self.lines:
+            line.end()
+        self.is_open = True
+        self._dispatched = [group.param_gather_dispatched for group in self.bucket_groups]
+        for group in self.bucket_groups:
+            if group.param_gather_handle is not None:
+                # start_param_sync(force_sync=True) only waits for a gather in flight and would
+                # leave the others with old weights (param_and_grad_buffer.py).
+                group.param_gather_handle.wait()
+                group.param_gather_handle = None
+
+    def move(self, fraction: float) -> None:
+        """Write this rank's shards of θ(fraction). :meth:`sync` must follow on all ranks."""
+        for _, line in self.lines:
+            line.move(fraction)
+
+    def sync(self) -> None:
+        """Gather the shards of all ranks; the collectives of every rank, whatever failed before."""
+        if self.bucket_groups:
+            with torch.no_grad():
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
+
+    def restore(self) -> None:
+        """θ_{t+1} back into the model, and Megatron's own account of its gathers.
+
+        Collective, and nothing at all once the line was released.
+        """
+        if not self.is_open:
+            return
+        self.move(1.0)
+        self.sync()
+        for group, dispatched in zip(self.bucket_groups, self._dispatched, strict=True):
+            group.param_gather_dispatched = dispatched
+        self.release()
+
+    def release(self) -> None:
+        """Give the copies back."""
+        self.is_open = False
+        for _, line in self.lines:
+            line.release()
+
+    def products(self) -> Tensor:
+        """⟨g, θ_t − θ_{t+1}⟩ and ‖θ_t − θ_{t+1}‖² over all ranks; fp64, shape [2].
+
+        g is the main gradient that the step has used, clipped as it was. Summed as Megatron sums
+        the gradient norm: each optimizer over its own group of ranks.
+        """
+        device = torch.cuda.current_device()
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for leaf, line in self.lines:
+            partial = torch.zeros_like(total)
+            line.products(lambda shard: shard.main.grad, partial)
+            torch.distributed.all_reduce(partial, group=leaf.get_grad_stats_parallel_group())
+            total += partial
+        return total

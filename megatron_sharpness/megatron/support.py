@@ -1,0 +1,124 @@
+"""What a measurement needs of Megatron, and what it refuses: at start-up, by name."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from megatron.core import package_info
+
+#: Versions that the tests run.
+TESTED = ("0.16", "0.17", "0.18", "0.19")
+
+#: Argument → (flag, why it is refused). Each of these was never run with a measurement and could
+#: be wrong in silence.
+_QUANTIZED = "the quantization state changes in every forward pass, so training would change too"
+_OTHER_WRITER = "the weights are not written through the fp32 main parameters that are moved here"
+_GRAPHS = "a captured graph replays without the switches that a probe needs"
+_REFUSED: dict[str, tuple[str, str]] = {
+    "fp8": ("--fp8-format", _QUANTIZED),
+    "fp4": ("--fp4-format", _QUANTIZED),
+    "fp8_param_gather": ("--fp8-param-gather", _QUANTIZED),
+    "fp4_param_gather": ("--fp4-param-gather", _QUANTIZED),
+    "fp4_param": ("--fp4-param-gather", _QUANTIZED),
+    "reuse_grad_buf_for_mxfp8_param_ag": ("--reuse-grad-buf-for-mxfp8-param-ag", _QUANTIZED),
+    "use_precision_aware_optimizer": ("--use-precision-aware-optimizer", _OTHER_WRITER),
+    "optimizer_cpu_offload": ("--optimizer-cpu-offload", _OTHER_WRITER),
+    "use_megatron_fsdp": ("--use-megatron-fsdp", _OTHER_WRITER),
+    "use_custom_fsdp": ("--use-custom-fsdp", _OTHER_WRITER),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", _OTHER_WRITER),
+    "use_layer_wise_distributed_optimizer": ("--optimizer dist_muon", _OTHER_WRITER),
+    "overlap_param_gather_with_optimizer_step": (
+        "--overlap-param-gather-with-optimizer-step",
+        _OTHER_WRITER,
+    ),
+    "qk_clip": ("--qk-clip", _OTHER_WRITER),
+    "enable_cuda_graph": ("--enable-cuda-graph", _GRAPHS),
+    "external_cuda_graph": ("--external-cuda-graph", _GRAPHS),
+    "optimizer_cuda_graph": ("--optimizer-cuda-graph", _GRAPHS),
+    "fp16_lm_cross_entropy": (
+        "--fp16-lm-cross-entropy",
+        "the loss would be too coarse to tell L(θ − ηΔθ) from L(θ)",
+    ),
+    "mtp_num_layers": (
+        "--mtp-num-layers",
+        "a forward pass adds to the multi-token-prediction losses that Megatron logs",
+    ),
+    "hybrid_context_parallel": (
+        "--hybrid-context-parallel",
+        "its data loader hands out micro-batches that cannot be repeated",
+    ),
+    "perform_rl_step": ("--perform-rl-step", "its batches are rollouts and not micro-batches"),
+    "overlap_moe_expert_parallel_comm": (
+        "--overlap-moe-expert-parallel-comm",
+        "its schedule interleaves forward with backward passes",
+    ),
+    "moe_routing_trace_path": ("--moe-routing-trace-path", "probes would be traced as well"),
+}
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Raise for a configuration that a measurement cannot be trusted in.
+
+    Raises:
+        ValueError: names the flag, its value, the reason and the remedy.
+    """
+    for name, (flag, reason) in _REFUSED.items():
+        value = getattr(args, name, None)
+        if value:
+            raise _refusal(flag, value, reason)
+    graphs = getattr(args, "cuda_graph_impl", None)
+    if graphs not in (None, "none"):
+        raise _refusal("--cuda-graph-impl", graphs, _GRAPHS)
+    for name, flag in (
+        ("num_distributed_optimizer_instances", "--num-distributed-optimizer-instances"),
+        ("gtp_weight_remat_size", "--gtp-weight-remat-size"),
+    ):
+        if getattr(args, name, 1) > 1:
+            raise _refusal(flag, getattr(args, name), "its sharding was never measured")
+    optimizer = str(getattr(args, "optimizer", ""))
+    sharded = optimizer == "dist_muon" or getattr(args, "use_distributed_optimizer", False)
+    if "muon" in optimizer and sharded:
+        raise _refusal("--optimizer", optimizer, "layer-wise sharding was never measured")
+
+
+def check_interfaces(training: Any, checkpointing: Any) -> None:
+    """Warn of a version that was never tested, and refuse one whose interfaces are not there.
+
+    Raises:
+        RuntimeError: names the version and what it lacks.
+    """
+    version = package_info.__version__
+    missing = []
+    train_step = getattr(training, "train_step", None)
+    if train_step is None:
+        missing.append("megatron.training.training.train_step")
+    else:
+        names = inspect.signature(train_step).parameters
+        missing += [
+            f"train_step({name})"
+            for name in ("model", "optimizer", "config", "forward_backward_func")
+            if name not in names
+        ]
+    if not hasattr(checkpointing, "check_checkpoint_args"):
+        missing.append("megatron.training.checkpointing.check_checkpoint_args")
+    if missing:
+        raise RuntimeError(
+            f"--measure-critical-sharpness-every: megatron-core {version} lacks "
+            f"{', '.join(missing)}, where the measurement hooks in; use one of "
+            f"{', '.join(TESTED)} or leave the flag out."
+        )
+    if not version.startswith(TESTED):
+        warnings.warn(
+            f"critical sharpness was never tested with megatron-core {version} (tested: "
+            f"{', '.join(TESTED)}); its interfaces are all there, so it goes on.",
+            stacklevel=2,
+        )
+
+
+def _refusal(flag: str, value: object, reason: str) -> ValueError:
+    return ValueError(
+        f"--measure-critical-sharpness-every cannot be used with {flag} {value}: {reason}. "
+        f"Leave one of the two out."
+    )

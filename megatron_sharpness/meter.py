@@ -1,0 +1,280 @@
+"""One measurement from end to end, for any adapter: the loss at points of a line in, a record out.
+
+The meter knows no framework and no ranks. An adapter hands it a :class:`Step` and a function for
+the loss along the step's update; every rank runs the same meter on the same numbers and so takes
+the same decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Protocol
+
+from megatron_sharpness.measurement import (
+    NOISE_LIMIT,
+    Measurement,
+    Status,
+    edge_of_stability,
+    edge_of_stability_preconditioned,
+)
+from megatron_sharpness.search import (
+    SearchResult,
+    estimate_directional_sharpness,
+    find_critical_lr,
+)
+
+#: L(θ) of the training pass and its replay agree to this, relatively, where nothing is wrong: they
+#: differ in the order and precision of the sum over micro-batches alone.
+SELF_TEST_TOLERANCE = 2e-6
+
+#: Displacements, in units of the learning rate, at which the loss is still linear: what it deviates
+#: there from L(θ) − ηs is noise, of the device or of rounding the weights.
+NOISE_DISPLACEMENTS = (2.0**-10, 2.0**-9)
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, measurement: Measurement) -> None: ...
+
+
+class ProbeError(RuntimeError):
+    """A loss could not be evaluated. Adapters raise it on all ranks together."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure with.
+
+    Attributes:
+        every: interval in iterations.
+        method: line search, ``certified`` or the paper's ``bisection``.
+        tolerance: width |1 − lower/upper| of the bracket to reach, in (0, 1).
+        initial_guess: learning rate at which the very first search starts; the step's own if None.
+        max_evaluations: most forward passes that one search may spend.
+        on_error: what a failed measurement does to the run.
+    """
+
+    every: int = 100
+    method: Literal["certified", "bisection"] = "certified"
+    tolerance: float = 1 / 16
+    initial_guess: float | None = None
+    max_evaluations: int = 40
+    on_error: Literal["warn", "raise"] = "warn"
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that has been made, and whose update is to be measured.
+
+    Attributes:
+        training_loss: L(θ) of the training pass, or None where it is not the loss that the probes
+            evaluate (other batch, other mode) and has to be evaluated too.
+        skipped: the optimizer did not step.
+        failed: why the step could not be observed, if so.
+        started: ``time.perf_counter()`` when the measurement began.
+
+    The other fields are those of :class:`~megatron_sharpness.measurement.Measurement`.
+    """
+
+    iteration: int
+    consumed_samples: int
+    lr: float
+    weight_decay: float = 0.0
+    beta1: float | None = None
+    training_loss: float | None = None
+    slope: float | None = None
+    update_norm: float | None = None
+    tokens: int | None = None
+    batch: str = "train"
+    skipped: bool = False
+    failed: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class MeterState:
+    """What a resumed run needs in order to measure what an uninterrupted one does.
+
+    Attributes:
+        guess: η_c last found, where the next search starts.
+        replay_is_exact: whether the replayed L(θ) was seen to equal the training loss; None before
+            the first measurement.
+        noise: root-mean-square error of a loss in nats; None before the first measurement.
+        measurements: measurements so far.
+    """
+
+    guess: float | None = None
+    replay_is_exact: bool | None = None
+    noise: float | None = None
+    measurements: int = 0
+
+
+@dataclass
+class Meter:
+    """Measures steps and remembers where the last search ended.
+
+    Args:
+        settings: what to measure with.
+        sinks: where records go; empty on ranks that write nothing.
+        warn: tells the user what a record cannot; does nothing on ranks that write nothing.
+        state: where to go on from.
+    """
+
+    settings: Settings
+    sinks: Sequence[Sink] = ()
+    warn: Callable[[str], object] = warnings.warn
+    state: MeterState = field(default_factory=MeterState)
+
+    def due(self, iteration: int) -> bool:
+        """Whether the interval divides ``iteration``, counted from 1."""
+        return iteration % self.settings.every == 0
+
+    def measure(self, step: Step, loss_at: Callable[[float], float]) -> Measurement:
+        """Find η_c of ``step`` and write the record to the sinks.
+
+        Args:
+            step: the step that has been made.
+            loss_at: η ↦ L(θ − ηΔθ), the same number on every rank. It may return NaN or Inf, and
+                raises :class:`ProbeError`, on all ranks, where there is no number.
+
+        Raises:
+            ProbeError: the measurement failed and ``settings.on_error`` is ``raise``. The record
+                has been written by then.
+        """
+        outcome = self._outcome(step, loss_at)
+        self.state.measurements += 1
+        measurement = Measurement(
+            iteration=step.iteration,
+            consumed_samples=step.consumed_samples,
+            lr=step.lr,
+            batch=step.batch,
+            tokens=step.tokens,
+            update_norm=step.update_norm,
+            noise=self.state.noise,
+            **{"loss": step.training_loss, "slope": step.slope, **outcome},
+            seconds=time.perf_counter() - step.started,
+        )
+        for sink in self.sinks:
+            try:
+                sink.write(measurement)
+            except Exception:
+                if self.settings.on_error == "raise":
+                    raise
+                self.warn(
+                    f"critical sharpness: {type(sink).__name__} could not write iteration "
+                    f"{step.iteration}:\n{traceback.format_exc()}"
+                )
+        if measurement.status == "failed" and self.settings.on_error == "raise":
+            raise ProbeError(measurement.reason)
+        return measurement
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain numbers, for a checkpoint."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; entries that this version does not know are ignored."""
+        known = {entry.name for entry in fields(MeterState)}
+        self.state = MeterState(**{key: value for key, value in state.items() if key in known})
+
+    def _outcome(self, step: Step, loss_at: Callable[[float], float]) -> dict[str, Any]:
+        """The fields of the record that the measurement itself determines."""
+        if step.failed is not None:
+            return _ended("failed", reason=step.failed)
+        if step.skipped:
+            return _ended("skipped_step")
+        if step.lr == 0.0:
+            return _ended("zero_lr")
+        lines = {"edge_of_stability": edge_of_stability(step.lr, step.weight_decay)}
+        if step.beta1 is not None:
+            lines["edge_of_stability_preconditioned"] = edge_of_stability_preconditioned(
+                step.lr, step.weight_decay, step.beta1
+            )
+        try:
+            loss = self._loss_at_start(step, loss_at)
+            search = find_critical_lr(
+                loss_at,
+                loss=loss,
+                guess=self.state.guess or self.settings.initial_guess or step.lr,
+                slope=step.slope,
+                tolerance=self.settings.tolerance,
+                method=self.settings.method,
+                max_evaluations=self.settings.max_evaluations,
+            )
+        except Exception as error:  # whatever it is, the run goes on
+            return {**_ended("failed", reason=f"{type(error).__name__}: {error}"), **lines}
+        return {**lines, **self._found(step, loss, search)}
+
+    def _loss_at_start(self, step: Step, loss_at: Callable[[float], float]) -> float:
+        """L(θ): the training loss where its replay is known to equal it, an evaluation elsewhere.
+
+        The first measurement of a run is the self-test: it replays L(θ), compares, and probes the
+        noise of the loss close to θ.
+        """
+        if self.state.replay_is_exact and step.training_loss is not None:
+            return step.training_loss
+        loss = loss_at(0.0)
+        if self.state.noise is None and math.isfinite(loss):
+            self.state.noise = _noise(step, loss, loss_at)
+        if self.state.replay_is_exact is None and step.training_loss is not None:
+            error = abs(loss - step.training_loss)
+            exact = error <= SELF_TEST_TOLERANCE * max(1.0, abs(loss))
+            if math.isfinite(loss):
+                self.state.replay_is_exact = exact
+            if exact:
+                return step.training_loss
+            self.warn(
+                f"critical sharpness: the replayed loss {loss!r} differs from the training loss "
+                f"{step.training_loss!r} at iteration {step.iteration}. L(θ) is evaluated at each "
+                "measurement from now on, at the cost of one forward pass. The cause is a forward "
+                "pass that does not repeat: non-deterministic kernels, or state that it changes."
+            )
+        return loss
+
+    def _found(self, step: Step, loss: float, search: SearchResult) -> dict[str, Any]:
+        outcome: dict[str, Any] = {
+            "loss": loss,
+            "status": search.status,
+            "evaluations": search.evaluations,
+            "non_monotone": search.non_monotone,
+            "critical_lr_lower": search.lower,
+            "critical_lr_upper": search.upper,
+            "directional_sharpness": estimate_directional_sharpness(
+                loss, step.slope, search.probes
+            ),
+        }
+        if search.status != "found" or search.eta is None:
+            return outcome
+        self.state.guess = search.eta
+        outcome |= {
+            "critical_lr": search.eta,
+            "critical_sharpness": 2.0 / search.eta,
+            "lr_over_critical": step.lr / search.eta,
+        }
+        if self.state.noise and step.slope is not None and step.slope > 0.0:
+            ratio = self.state.noise / (step.slope * search.eta)
+            if ratio > NOISE_LIMIT:
+                outcome |= _ended(
+                    "noise_limited",
+                    reason=f"the noise of the loss is {ratio:.0%} of the predicted decrease s·η_c",
+                )
+        return outcome
+
+
+def _ended(status: Status, reason: str | None = None) -> dict[str, Any]:
+    return {"status": status, "reason": reason}
+
+
+def _noise(step: Step, loss: float, loss_at: Callable[[float], float]) -> float:
+    """Root-mean-square deviation of L(θ − ηΔθ) from L(θ) − ηs at displacements next to none."""
+    squares = []
+    for displacement in NOISE_DISPLACEMENTS:
+        eta = displacement * step.lr
+        squares.append((loss_at(eta) - loss + eta * (step.slope or 0.0)) ** 2)
+    return math.sqrt(sum(squares) / len(squares))

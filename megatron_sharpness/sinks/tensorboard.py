@@ -1,0 +1,23 @@
+"""Curves in TensorBoard, by iteration and by samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_sharpness.measurement import Measurement
+
+
+class TensorBoardSink:
+    """Writes every tag twice, as Megatron does: against iterations, and as ``"<tag> vs samples"``.
+
+    Args:
+        writer: a ``torch.utils.tensorboard.SummaryWriter`` or what behaves like one.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def write(self, measurement: Measurement) -> None:
+        for tag, value in measurement.scalars().items():
+            self.writer.add_scalar(tag, value, measurement.iteration)
+            self.writer.add_scalar(f"{tag} vs samples", value, measurement.consumed_samples)

@@ -1,0 +1,21 @@
+"""Curves in Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_sharpness.measurement import Measurement
+
+
+class WandbSink:
+    """Logs every tag at the iteration's step.
+
+    Args:
+        run: a ``wandb`` run, or the module itself once a run has been started.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def write(self, measurement: Measurement) -> None:
+        self.run.log(measurement.scalars(), measurement.iteration)
