@@ -67,6 +67,10 @@ class Settings:
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
 
+    def due(self, iteration: int) -> bool:
+        """Whether the interval divides ``iteration``, counted from 1."""
+        return iteration % self.every == 0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -130,10 +134,6 @@ class Meter:
     sinks: Sequence[Sink] = ()
     warn: Callable[[str], object] = warnings.warn
     state: MeterState = field(default_factory=MeterState)
-
-    def due(self, iteration: int) -> bool:
-        """Whether the interval divides ``iteration``, counted from 1."""
-        return iteration % self.settings.every == 0
 
     def measure(self, step: Step, loss_at: Callable[[float], float]) -> Measurement:
         """Find η_c of ``step`` and write the record to the sinks.
@@ -217,21 +217,20 @@ class Meter:
         The first measurement of a run is the self-test: it replays L(θ), compares, and probes the
         noise of the loss close to θ.
         """
-        if self.state.replay_is_exact and step.training_loss is not None:
-            return step.training_loss
+        trained = step.training_loss
+        if trained is not None and (self.state.replay_is_exact or not math.isfinite(trained)):
+            return trained
         loss = loss_at(0.0)
         if self.state.noise is None and math.isfinite(loss):
             self.state.noise = _noise(step, loss, loss_at)
-        if self.state.replay_is_exact is None and step.training_loss is not None:
-            error = abs(loss - step.training_loss)
-            exact = error <= SELF_TEST_TOLERANCE * max(1.0, abs(loss))
-            if math.isfinite(loss):
-                self.state.replay_is_exact = exact
-            if exact:
-                return step.training_loss
+        if self.state.replay_is_exact is None and trained is not None:
+            error = abs(loss - trained)
+            self.state.replay_is_exact = error <= SELF_TEST_TOLERANCE * max(1.0, abs(trained))
+            if self.state.replay_is_exact:
+                return trained
             self.warn(
                 f"critical sharpness: the replayed loss {loss!r} differs from the training loss "
-                f"{step.training_loss!r} at iteration {step.iteration}. L(θ) is evaluated at each "
+                f"{trained!r} at iteration {step.iteration}. L(θ) is evaluated at each "
                 "measurement from now on, at the cost of one forward pass. The cause is a forward "
                 "pass that does not repeat: non-deterministic kernels, or state that it changes."
             )

@@ -52,7 +52,7 @@ class MeasuredTrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         iteration = get_args().curr_iteration + 1
-        if iteration % self._settings.every:
+        if not self._settings.due(iteration):
             return self._train_step(*args, **kwargs)
         call = self._signature.bind(*args, **kwargs)
         model, optimizer = call.arguments["model"], call.arguments["optimizer"]

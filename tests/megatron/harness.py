@@ -1,0 +1,150 @@
+"""Runs of the real Megatron on the CPU, and what they left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+OBSERVED = Path(__file__).with_name("observed_pretrain.py")
+
+#: A GPT of 2 layers and width 32 on Megatron's mock data, with dropout on.
+MODEL = """
+--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32
+--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 6
+--lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2 --weight-decay 0.1
+--clip-grad 1.0 --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --split 100,0,0
+--eval-interval 1000 --eval-iters 0 --log-interval 1 --hidden-dropout 0.1 --attention-dropout 0.1
+"""
+
+
+@dataclass
+class Run:
+    """A finished run: its exit code, output, records and the hashes of each rank."""
+
+    returncode: int
+    output: str
+    folder: Path
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        path = self.folder / "tensorboard" / "critical_sharpness.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    @property
+    def hashes(self) -> list[dict[str, str]]:
+        return [json.loads(p.read_text()) for p in sorted(self.folder.glob("rank*.json"))]
+
+    @property
+    def training_lines(self) -> list[str]:
+        """The lines of the training log, without times."""
+        lines = [line for line in self.output.splitlines() if re.search(r"iteration +\d+/", line)]
+        return [
+            re.sub(r"^.*?iteration|elapsed time per iteration \(ms\): [\d.]+ \|", "", line)
+            for line in lines
+        ]
+
+    def expect_success(self) -> Run:
+        assert self.returncode == 0, self.output[-6000:]
+        return self
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(
+    folder: Path,
+    flags: str,
+    *,
+    processes: int = 1,
+    every: int = 0,
+    script: Path = OBSERVED,
+    model: str = MODEL,
+    environment: dict[str, str] | None = None,
+    pythonpath: list[str] | None = None,
+    timeout: float = 180.0,
+) -> Run:
+    """Train in ``processes`` processes as torchrun would start them, and wait for the end."""
+    processes_ = start(
+        folder, flags, processes=processes, every=every, script=script, model=model,
+        environment=environment, pythonpath=pythonpath,
+    )  # fmt: skip
+    return finish(processes_, folder, timeout)
+
+
+def start(
+    folder: Path,
+    flags: str,
+    *,
+    processes: int = 1,
+    every: int = 0,
+    script: Path = OBSERVED,
+    model: str = MODEL,
+    environment: dict[str, str] | None = None,
+    pythonpath: list[str] | None = None,
+    module: str | None = "megatron_sharpness.megatron",
+) -> list[subprocess.Popen[bytes]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [sys.executable, *(["-m", module] if module else []), str(script)]
+    command += [*model.split(), *flags.split(), "--tensorboard-dir", str(folder / "tensorboard")]
+    if every:
+        command += ["--measure-critical-sharpness-every", str(every)]
+    started = []
+    for rank in range(processes):
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "OBSERVED_OUT": str(folder),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *(pythonpath or [])]),
+            **(environment or {}),
+        }
+        with (folder / f"output{rank}.txt").open("wb") as output:
+            started.append(
+                subprocess.Popen(
+                    command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=folder
+                )
+            )
+    return started
+
+
+def finish(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> Run:
+    """Wait for all; once one has failed, the others are given a little time and then ended."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0) for process in processes):
+                deadline = min(deadline, time.monotonic() + 10.0)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        hung = [rank for rank, process in enumerate(processes) if process.poll() is None]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    codes = [process.returncode for process in processes]
+    output = "".join(
+        (folder / f"output{rank}.txt").read_text(errors="replace")
+        for rank in range(len(processes))
+    )
+    failed = next((code for code in codes if code not in (0, -9)), None)
+    code = failed if failed is not None else max(codes, key=abs)
+    return Run(code, output + (f"\nstopped: ranks {hung} hung" if hung else ""), folder)

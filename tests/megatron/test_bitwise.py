@@ -1,0 +1,65 @@
+"""Training with a measurement every 2 steps ends bit for bit as training without, dropout on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.harness import run
+
+#: Layout → (processes, flags).
+LAYOUTS = {
+    "fp32": (1, ""),
+    "bf16": (1, "--bf16"),
+    "fp16 with skipped steps": (1, "--fp16 --initial-loss-scale 4194304 --hysteresis 1"),
+    "sgd": (1, "--optimizer sgd --bf16"),
+    "muon": (1, "--optimizer muon --bf16"),
+    "decoupled lr": (1, "--decoupled-lr 2e-2 --decoupled-min-lr 1e-3 --bf16 "
+                        "--untie-embeddings-and-output-weights"),
+    "recompute": (1, "--bf16 --recompute-granularity full --recompute-method uniform "
+                     "--recompute-num-layers 1"),
+    "eval mode": (1, "--bf16 --critical-sharpness-mode eval"),
+    "offload": (1, "--bf16 --critical-sharpness-offload cpu"),
+    "distributed optimizer": (2, "--bf16 --use-distributed-optimizer"),
+    "distributed optimizer fp32": (2, "--use-distributed-optimizer"),
+    "non-distributed optimizer": (2, "--bf16"),
+    "overlap": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce "
+                   "--overlap-param-gather"),
+    "overlap in buckets": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce "
+                              "--overlap-param-gather --ddp-bucket-size 5000"),
+    "tp": (2, "--tensor-model-parallel-size 2"),
+    "tp with sequence parallelism": (2, "--tensor-model-parallel-size 2 --sequence-parallel --bf16 "
+                                        "--use-distributed-optimizer"),
+    "pp": (2, "--pipeline-model-parallel-size 2 --bf16"),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers 4 "
+               "--num-layers-per-virtual-pipeline-stage 1 --bf16 --use-distributed-optimizer"),
+    "ep": (2, "--num-experts 4 --expert-model-parallel-size 2 --moe-aux-loss-coeff 1e-2 "
+              "--moe-z-loss-coeff 1e-3 --moe-input-jitter-eps 1e-2 --bf16 "
+              "--use-distributed-optimizer"),
+    "ep with expert bias": (2, "--num-experts 4 --expert-model-parallel-size 2 --bf16 "
+                               "--moe-router-score-function sigmoid "
+                               "--moe-router-enable-expert-bias "
+                               "--moe-router-bias-update-rate 1e-2"),
+    "tp pp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+                 "--sequence-parallel --bf16 --use-distributed-optimizer"),
+    "pp dp overlap": (4, "--pipeline-model-parallel-size 2 --bf16 --use-distributed-optimizer "
+                         "--overlap-grad-reduce --overlap-param-gather"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) -> None:
+    processes, flags = LAYOUTS[layout]
+    plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
+    measured = run(tmp_path / "measured", flags, processes=processes, every=2).expect_success()
+
+    assert len(plain.hashes) == processes
+    assert measured.hashes == plain.hashes
+    assert measured.training_lines == plain.training_lines
+    statuses = [record["status"] for record in measured.records]
+    assert [record["iteration"] for record in measured.records] == [2, 4, 6]
+    assert "found" in statuses, measured.records
+    assert set(statuses) <= {"found", "skipped_step"}, measured.records
+    assert "skipped_step" in statuses or "skipped" not in layout
+    assert "differs from the training loss" not in measured.output

@@ -1,0 +1,93 @@
+"""The number is right: the same under every layout, and that of an fp64 reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.megatron import reference
+from tests.megatron.harness import MODEL, run
+
+#: One step without dropout, so that layouts do not differ by their masks.
+ONE_STEP = MODEL.replace("dropout 0.1", "dropout 0.0").replace(
+    "--lr-warmup-iters 2", "--lr-warmup-iters 0"
+).replace("--train-iters 6", "--train-iters 1").replace(
+    "--lr-decay-style cosine", "--lr-decay-style constant"
+).replace("--num-layers 2", f"--num-layers {reference.LAYERS}")  # fmt: skip
+
+LAYOUTS = {
+    "one process": (1, ""),
+    "bisection": (1, "--critical-sharpness-method bisection"),
+    "dp": (2, ""),
+    "dp with distributed optimizer": (2, "--use-distributed-optimizer"),
+    "tp": (2, "--tensor-model-parallel-size 2"),
+    "tp with sequence parallelism": (2, "--tensor-model-parallel-size 2 --sequence-parallel "
+                                        "--use-distributed-optimizer"),
+    "pp": (2, "--pipeline-model-parallel-size 2"),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "tp pp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+                 "--use-distributed-optimizer"),
+    "pp dp": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer "
+                 "--overlap-grad-reduce --overlap-param-gather"),
+}  # fmt: skip
+
+TOLERANCE = 1 / 16
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> reference.Reference:
+    folder = tmp_path_factory.mktemp("reference")
+    run(folder, "", every=1, model=ONE_STEP,
+        environment={"OBSERVED_FAULT": "canonical"}).expect_success()  # fmt: skip
+    batches = torch.load(folder / "batches.pt", weights_only=False)
+    batch = {
+        key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")
+    }
+    return reference.measure(batch)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_critical_lr_is_the_reference_under_every_layout(
+    layout: str, tmp_path: Path, expected: reference.Reference
+) -> None:
+    processes, flags = LAYOUTS[layout]
+    result = run(
+        tmp_path, flags, processes=processes, every=1, model=ONE_STEP,
+        environment={"OBSERVED_FAULT": "canonical"},
+    ).expect_success()  # fmt: skip
+    (record,) = result.records
+
+    assert record["status"] == "found"
+    assert record["loss"] == pytest.approx(expected.loss, rel=2e-6)
+    assert record["slope"] == pytest.approx(expected.slope, rel=1e-3)
+    assert record["update_norm"] == pytest.approx(expected.update_norm, rel=1e-3)
+    lower, upper = record["critical_lr_lower"], record["critical_lr_upper"]
+    assert lower <= expected.critical_lr <= upper
+    assert 1.0 - lower / upper <= TOLERANCE
+    # The interpolated root is far better than the bracket; the paper's midpoint is not.
+    precision = TOLERANCE / 2 if "bisection" in layout else 2e-3
+    assert record["critical_lr"] == pytest.approx(expected.critical_lr, rel=precision)
+    assert record["critical_sharpness"] == 2.0 / record["critical_lr"]
+    assert record["directional_sharpness"] == pytest.approx(
+        expected.directional_sharpness, rel=0.5
+    )
+    assert record["tokens"] == 8 * 32
+
+
+MIXTURE = "--num-experts 4 --moe-aux-loss-coeff 1e-2 --use-distributed-optimizer"
+
+
+def test_critical_lr_does_not_depend_on_expert_parallelism(tmp_path: Path) -> None:
+    records = []
+    for size in (1, 2):
+        result = run(
+            tmp_path / str(size), f"{MIXTURE} --expert-model-parallel-size {size}", processes=2,
+            every=1, model=ONE_STEP, environment={"OBSERVED_FAULT": "canonical"},
+        ).expect_success()  # fmt: skip
+        records += result.records
+    alone, parallel = records
+    assert alone["status"] == parallel["status"] == "found"
+    for name in ("loss", "critical_lr", "slope", "update_norm"):
+        assert parallel[name] == pytest.approx(alone[name], rel=1e-4), name

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.meter import Meter, ProbeError, Settings, Step
+
+SLOPE, CURVATURE, START = 2.0, 40.0, 3.0
+CRITICAL = 2.0 * SLOPE / CURVATURE
+STEP = Step(
+    iteration=10, consumed_samples=80, lr=0.03, weight_decay=0.1, beta1=0.9, training_loss=START,
+    slope=SLOPE, update_norm=1.5, tokens=256,
+)  # fmt: skip
+
+
+def quadratic(eta: float) -> float:
+    return START - SLOPE * eta + 0.5 * CURVATURE * eta * eta
+
+
+class Records(list[Measurement]):
+    def write(self, measurement: Measurement) -> None:
+        self.append(measurement)
+
+
+def counted(function: Callable[[float], float]) -> tuple[Callable[[float], float], list[float]]:
+    calls: list[float] = []
+
+    def call(eta: float) -> float:
+        calls.append(eta)
+        return function(eta)
+
+    return call, calls
+
+
+def test_quadratic_gives_every_number_of_the_record() -> None:
+    records = Records()
+    record = Meter(Settings(), sinks=[records]).measure(STEP, quadratic)
+    assert records == [record]
+    assert record.status == "found"
+    assert record.critical_lr == pytest.approx(CRITICAL, rel=1e-3)
+    assert record.critical_sharpness == pytest.approx(CURVATURE / SLOPE, rel=1e-3)
+    # On a quadratic λ_dir = λ_c (Result 2.1).
+    assert record.directional_sharpness == pytest.approx(CURVATURE / SLOPE, rel=1e-6)
+    assert record.critical_lr_lower is not None and record.critical_lr_upper is not None
+    assert record.critical_lr_lower <= CRITICAL < record.critical_lr_upper
+    assert record.lr_over_critical == pytest.approx(0.03 / CRITICAL, rel=1e-3)
+    assert record.edge_of_stability == pytest.approx(2 / 0.03 - 0.1)
+    assert record.edge_of_stability_preconditioned == pytest.approx((2 / 0.03 - 0.1) * 19)
+    assert (record.loss, record.slope, record.tokens) == (START, SLOPE, 256)
+    assert record.seconds > 0.0
+
+
+def test_the_self_test_is_made_once_and_then_the_loss_is_free() -> None:
+    meter = Meter(Settings())
+    for expected in (1, 0, 0):
+        loss_at, calls = counted(quadratic)
+        record = meter.measure(STEP, loss_at)
+        assert calls.count(0.0) == expected
+        assert len(calls) == record.evaluations + 3 * expected  # L(θ) and two probes of the noise
+    assert meter.state.replay_is_exact is True
+    assert meter.state.noise == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_failing_self_test_is_reported_and_the_loss_is_evaluated_from_then_on() -> None:
+    warnings: list[str] = []
+    meter = Meter(Settings(), warn=warnings.append)
+    step = replace(STEP, training_loss=START + 1e-3)
+    for _ in range(3):
+        loss_at, calls = counted(quadratic)
+        record = meter.measure(step, loss_at)
+        assert calls.count(0.0) == 1
+        assert record.loss == START
+    assert meter.state.replay_is_exact is False
+    assert len(warnings) == 1 and "differs from the training loss" in warnings[0]
+
+
+def test_searches_start_where_the_last_one_ended() -> None:
+    meter = Meter(Settings(initial_guess=1e-3))
+    _, cold = meter.measure(STEP, quadratic), meter.state.guess
+    assert cold == pytest.approx(CRITICAL, rel=1e-3)
+    loss_at, calls = counted(quadratic)
+    meter.measure(STEP, loss_at)
+    assert len(calls) <= 3 and all(CRITICAL / 1.2 < eta < CRITICAL * 1.2 for eta in calls)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"skipped": True}, "skipped_step"),
+        ({"lr": 0.0}, "zero_lr"),
+        ({"failed": "rank 1: no memory"}, "failed"),
+    ],
+)
+def test_steps_that_cannot_be_measured_make_no_probe(change: dict[str, object], status: str) -> None:
+    loss_at, calls = counted(quadratic)
+    record = Meter(Settings()).measure(replace(STEP, **change), loss_at)  # type: ignore[arg-type]
+    assert record.status == status
+    assert calls == []
+    assert record.critical_sharpness is None
+
+
+def test_a_non_finite_loss_is_a_status() -> None:
+    record = Meter(Settings()).measure(replace(STEP, training_loss=math.nan), lambda eta: math.nan)
+    assert record.status == "non_finite"
+    assert record.critical_lr is None
+
+
+def test_an_error_costs_the_measurement_and_not_the_run() -> None:
+    def broken(eta: float) -> float:
+        raise ProbeError("rank 1: OutOfMemoryError")
+
+    meter = Meter(Settings())
+    record = meter.measure(STEP, broken)
+    assert record.status == "failed" and "rank 1: OutOfMemoryError" in str(record.reason)
+    assert meter.measure(STEP, quadratic).status == "found"
+
+
+def test_an_error_can_be_made_fatal_and_is_recorded_first() -> None:
+    def broken(eta: float) -> float:
+        raise ProbeError("rank 1: OutOfMemoryError")
+
+    records = Records()
+    with pytest.raises(ProbeError, match="OutOfMemoryError"):
+        Meter(Settings(on_error="raise"), sinks=[records]).measure(STEP, broken)
+    assert [record.status for record in records] == ["failed"]
+
+
+def test_noise_that_hides_the_root_is_a_status() -> None:
+    calls = 0
+
+    def noisy(eta: float) -> float:
+        nonlocal calls
+        calls += 1
+        return quadratic(eta) + (0.02 if calls % 2 else -0.02)
+
+    record = Meter(Settings(), warn=lambda message: None).measure(STEP, noisy)
+    assert record.status in {"noise_limited", "exhausted"}
+    assert record.noise == pytest.approx(0.02, rel=1.0)
+
+
+def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
+    class Full:
+        def write(self, measurement: Measurement) -> None:
+            raise OSError("no space left on device")
+
+    warnings: list[str] = []
+    records = Records()
+    Meter(Settings(), sinks=[Full(), records], warn=warnings.append).measure(STEP, quadratic)
+    assert len(records) == 1
+    assert len(warnings) == 1 and "no space left" in warnings[0]
+
+
+def test_state_goes_through_a_checkpoint() -> None:
+    meter = Meter(Settings())
+    meter.measure(STEP, quadratic)
+    resumed = Meter(Settings())
+    resumed.load_state_dict({**meter.state_dict(), "of a later version": 1})
+    one, other = meter.measure(STEP, quadratic), resumed.measure(STEP, quadratic)
+    assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
+    Meter(Settings()).load_state_dict({})  # a checkpoint without any
+
+
+def test_due_counts_from_one() -> None:
+    settings = Settings(every=3)
+    assert [i for i in range(1, 10) if settings.due(i)] == [3, 6, 9]
