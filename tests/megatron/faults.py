@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.training import get_args
 
 from megatron_sharpness import update_line
 from megatron_sharpness.megatron import replay
@@ -16,23 +17,31 @@ RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
 
 
-def _at_call(number: int, fault: Callable[[], None], function: Callable[..., Any], *,
-             after: bool = False) -> Callable[..., Any]:
-    calls = 0
+SECOND = 4  # the iteration of the second measurement
+
+
+def _once(fault: Callable[[], None], owner: type, name: str, *, after: bool = False) -> None:
+    """Let the second call of a method in iteration ``SECOND`` do ``fault`` too."""
+    function, calls = getattr(owner, name), 0
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if after:
-            result = function(*args, **kwargs)
-            if calls == number:
-                fault()
-            return result
-        if calls == number:
+        calls += get_args().curr_iteration + 1 == SECOND
+        now = calls == CALL.get(name, 2) and get_args().curr_iteration + 1 == SECOND
+        if now and not after:
+            calls += 1
             fault()
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if now and after:
+            calls += 1
+            fault()
+        return result
 
-    return faulty
+    setattr(owner, name, faulty)
+
+
+#: Which call of a method is hit where it is not the second: one snapshot is taken a measurement.
+CALL = {"begin": 1}
 
 
 def _raise(error: Exception) -> Callable[[], None]:
@@ -43,35 +52,32 @@ def _raise(error: Exception) -> Callable[[], None]:
 
 
 def exception_on_last_rank() -> None:
-    """Before the forward pass of a probe in the middle of the second measurement."""
+    """Before the forward pass of a probe."""
     if RANK == LAST:
-        replay.RecordingSchedule.replay = _at_call(
-            10, _raise(RuntimeError("injected")), replay.RecordingSchedule.replay
-        )
+        _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "replay")
 
 
 def exception_after_forward_on_last_rank() -> None:
     """After the forward pass, where model-parallel peers no longer wait for this rank."""
     if RANK == LAST:
-        replay.RecordingSchedule.replay = _at_call(
-            10, _raise(RuntimeError("injected")), replay.RecordingSchedule.replay, after=True
-        )
+        _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "replay", after=True)
 
 
 def out_of_memory_in_snapshot() -> None:
-    """On one rank, at the second measurement's snapshot."""
+    """On one rank, when θ_t is kept."""
     if RANK == 0:
-        update_line.UpdateLine.begin = _at_call(
-            2, _raise(torch.OutOfMemoryError("injected")), update_line.UpdateLine.begin
-        )
+        _once(_raise(torch.OutOfMemoryError("injected")), update_line.UpdateLine, "begin")
 
 
 def out_of_memory_in_move() -> None:
     """On one rank, while a probe's weights are written."""
     if RANK == 0:
-        update_line.UpdateLine.move = _at_call(
-            6, _raise(torch.OutOfMemoryError("injected")), update_line.UpdateLine.move
-        )
+        _once(_raise(torch.OutOfMemoryError("injected")), update_line.UpdateLine, "move")
+
+
+def sigterm_during_probe() -> None:
+    """The cluster ends the job."""
+    _once(lambda: os.kill(os.getpid(), signal.SIGTERM), replay.RecordingSchedule, "replay")
 
 
 def non_repeating_loss() -> None:
@@ -88,13 +94,6 @@ def non_repeating_loss() -> None:
     from megatron_sharpness.megatron import hook
 
     hook.reduce_loss = noisy
-
-
-def sigterm_during_probe() -> None:
-    """The cluster ends the job in the middle of the second measurement."""
-    replay.RecordingSchedule.replay = _at_call(
-        10, lambda: os.kill(os.getpid(), signal.SIGTERM), replay.RecordingSchedule.replay
-    )
 
 
 def canonical() -> None:

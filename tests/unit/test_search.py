@@ -463,6 +463,25 @@ class TestCost:
     def test_warm_without_slope(self) -> None:
         assert statistics.fmean(self.counts((0.0, 0.2), None)) < 3.9
 
+    @pytest.mark.parametrize(("distance", "most"), [(1.2, 4.0), (300.0, 7.0)])
+    def test_far_from_quadratic(self, distance: float, most: float) -> None:
+        """Early in training y ≈ (η/η_c)^0.15 at sη_c = 5·L(θ), and y ∝ η next to θ."""
+        counts = []
+        knee = 0.01
+        for k in range(200):
+            power = 0.1 + k / 2000
+            scale = 1 + knee ** (1 - power)
+
+            def loss_at(eta: float, power: float = power, scale: float = scale) -> float:
+                y = scale * eta / (eta ** (1 - power) + knee ** (1 - power))
+                return 3 + 15 * eta * (y - 1)
+
+            guess = 1 / distance / (1 + k / 1000)
+            result = find_critical_lr(loss_at, loss=3.0, guess=guess, slope=15.0)
+            assert result.status == "found"
+            counts.append(result.evaluations)
+        assert statistics.fmean(counts) < most
+
     def test_two_suffice_where_the_guess_is_within_the_tolerance(self) -> None:
         for guess in (0.48, 0.52):
             result = find_critical_lr(quadratic(0.2, 0.8), loss=3.0, guess=guess, slope=0.2)

@@ -1,0 +1,92 @@
+"""A Megatron-LM checkout's unmodified pretrain_gpt.py, hooked at run time and by the patch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.megatron.harness import MODEL, ROOT, Run, finish, run, start
+
+CHECKOUT = os.environ.get("MEGATRON_LM")
+pytestmark = pytest.mark.skipif(
+    CHECKOUT is None, reason="MEGATRON_LM does not name a Megatron-LM checkout"
+)
+
+FLAGS = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --use-distributed-optimizer"
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "seconds": 0.0} for record in records]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, in which the compiled data helper is built once."""
+    assert CHECKOUT is not None
+    copy = tmp_path_factory.mktemp("checkout") / "Megatron-LM"
+    shutil.copytree(CHECKOUT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+    helpers = copy / "megatron" / "core" / "datasets"
+    if not list(helpers.glob("helpers_cpp*.so")):
+        subprocess.run(["make", "-C", str(helpers)], check=True, capture_output=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def at_run_time(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    folder = tmp_path_factory.mktemp("run-time")
+    script = checkout / "pretrain_gpt.py"
+    plain, measured = (
+        run(folder / str(every), FLAGS, processes=2, every=every, script=script,
+            pythonpath=[str(checkout)]).expect_success()
+        for every in (0, 2)
+    )  # fmt: skip
+    return plain, measured
+
+
+def test_the_unmodified_script_is_measured(at_run_time: tuple[Run, Run]) -> None:
+    plain, measured = at_run_time
+    assert measured.training_lines == plain.training_lines
+    assert [record["status"] for record in measured.records] == ["found"] * 3
+
+
+def test_the_patched_checkout_measures_the_same_without_our_launcher(
+    checkout: Path, at_run_time: tuple[Run, Run], tmp_path: Path
+) -> None:
+    _, hooked = at_run_time
+    apply = [str(ROOT / "patches" / "apply.sh")]
+    subprocess.run([*apply, str(checkout)], check=True)
+    try:
+        # Without a GPU the CPU backend is still needed, and is all that this script adds.
+        script = tmp_path / "on_cpu.py"
+        script.write_text(
+            "import runpy, sys\n"
+            "from megatron_sharpness.megatron import cpu_backend\n"
+            "cpu_backend.install()\n"
+            "sys.argv = [sys.argv[1], *cpu_backend.add_required_flags(sys.argv[2:])]\n"
+            f"sys.path[0] = {str(checkout)!r}\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        processes = start(
+            tmp_path, FLAGS, processes=2, every=2, script=script, module=None,
+            pythonpath=[str(checkout)], model=f"{checkout / 'pretrain_gpt.py'} {MODEL}",
+        )  # fmt: skip
+        patched = finish(processes, tmp_path, timeout=180.0).expect_success()
+    finally:
+        subprocess.run([*apply, "--reverse", str(checkout)], check=True)
+    assert without_times(patched.records) == without_times(hooked.records)
+    assert patched.training_lines == hooked.training_lines
+
+
+def test_apply_refuses_what_it_does_not_know(checkout: Path, tmp_path: Path) -> None:
+    apply = str(ROOT / "patches" / "apply.sh")
+    info = tmp_path / "megatron" / "core" / "package_info.py"
+    info.parent.mkdir(parents=True)
+    info.write_text("MAJOR = 0\nMINOR = 99\nPATCH = 0\n")
+    done = subprocess.run([apply, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "version 0.99" in done.stderr and "core_v0.19.0" in done.stderr

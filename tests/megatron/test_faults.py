@@ -1,0 +1,99 @@
+"""A fault inside a measurement costs that measurement: the training ends as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.harness import run
+
+DP = (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
+TP = (2, "--tensor-model-parallel-size 2 --bf16")
+PP = (2, "--pipeline-model-parallel-size 2 --bf16")
+
+#: Fault → (layout, where the reason says it happened).
+FAULTS = {
+    "exception_on_last_rank": (DP, "rank 1: RuntimeError: injected"),
+    "exception_after_forward_on_last_rank": (TP, "rank 1: RuntimeError: injected"),
+    "out_of_memory_in_snapshot": (DP, "rank 0: OutOfMemoryError: injected"),
+    "out_of_memory_in_move": (TP, "rank 0: OutOfMemoryError: injected"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_rank_is_given_up_by_all_and_training_goes_on(
+    fault: str, tmp_path: Path
+) -> None:
+    (processes, flags), reason = FAULTS[fault]
+    plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
+    faulty = run(
+        tmp_path / "faulty", flags, processes=processes, every=2,
+        environment={"OBSERVED_FAULT": fault},
+    ).expect_success()  # fmt: skip
+    assert faulty.hashes == plain.hashes
+    failed = [record for record in faulty.records if record["status"] == "failed"]
+    assert len(failed) == 1 and reason in failed[0]["reason"], faulty.records
+    assert failed[0]["critical_sharpness"] is None
+    assert [record["status"] for record in faulty.records].count("found") == 2
+    assert faulty.output.count("injected") == 1  # reported once
+
+
+def test_an_exception_on_the_last_pipeline_stage_is_given_up_by_all(tmp_path: Path) -> None:
+    processes, flags = PP
+    plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
+    faulty = run(
+        tmp_path / "faulty", flags, processes=processes, every=2,
+        environment={"OBSERVED_FAULT": "exception_after_forward_on_last_rank"},
+    ).expect_success()  # fmt: skip
+    assert faulty.hashes == plain.hashes
+    assert [record["status"] for record in faulty.records].count("failed") == 1
+
+
+def test_a_failure_can_be_made_fatal(tmp_path: Path) -> None:
+    processes, flags = DP
+    result = run(
+        tmp_path, f"{flags} --critical-sharpness-on-error raise", processes=processes, every=2,
+        environment={"OBSERVED_FAULT": "exception_on_last_rank"},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "hung" not in result.output
+    assert "ProbeError: ProbeError: rank 1: RuntimeError: injected" in result.output
+    assert result.records[-1]["status"] == "failed"
+
+
+def test_nan_losses_far_out_are_above(tmp_path: Path) -> None:
+    flags = "--bf16 --use-distributed-optimizer"
+    plain = run(tmp_path / "plain", flags).expect_success()
+    # At 10^30 every weight overflows; Megatron's check for NaN losses is on, as by default.
+    measured = run(
+        tmp_path / "measured",
+        f"{flags} --critical-sharpness-initial-guess 1e30 --critical-sharpness-max-evaluations 200",
+        every=2,
+    ).expect_success()
+    assert measured.hashes == plain.hashes
+    assert {record["status"] for record in measured.records} <= {"found", "no_lower"}
+
+
+def test_a_loss_that_does_not_repeat_is_reported(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", "").expect_success()
+    noisy = run(
+        tmp_path / "noisy", "", every=2, environment={"OBSERVED_FAULT": "non_repeating_loss"}
+    ).expect_success()
+    assert noisy.hashes == plain.hashes
+    assert noisy.output.count("differs from the training loss") == 1
+
+
+def test_sigterm_during_a_probe_ends_the_run_as_megatron_would(tmp_path: Path) -> None:
+    flags = "--bf16 --use-distributed-optimizer --exit-signal-handler"
+    plain = run(
+        tmp_path / "plain", "--bf16 --use-distributed-optimizer --exit-interval 4", processes=2
+    ).expect_success()
+    ended = run(
+        tmp_path / "ended", flags, processes=2, every=2,
+        environment={"OBSERVED_FAULT": "sigterm_during_probe"},
+    )  # fmt: skip
+    assert "hung" not in ended.output
+    assert [record["iteration"] for record in ended.records] == [2, 4]
+    assert [record["status"] for record in ended.records] == ["found", "found"]
+    assert ended.hashes == plain.hashes

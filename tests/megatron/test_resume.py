@@ -1,0 +1,51 @@
+"""A resumed run measures what an uninterrupted one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.megatron.harness import MODEL, run
+
+LONG = MODEL.replace("--train-iters 6", "--train-iters 8")
+FLAGS = "--bf16 --use-distributed-optimizer"
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "seconds": 0.0} for record in records]
+
+
+@pytest.mark.parametrize("checkpoints", ["torch", "torch_dist"])
+def test_resumed_measurements_are_the_uninterrupted_ones(checkpoints: str, tmp_path: Path) -> None:
+    saving = f"{FLAGS} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
+    whole = run(tmp_path / "whole", FLAGS, processes=2, every=2, model=LONG).expect_success()
+    run(
+        tmp_path / "first", f"{saving} --exit-interval 4", processes=2, every=2, model=LONG
+    ).expect_success()
+    second = run(
+        tmp_path / "second", f"{saving} --load {tmp_path}/checkpoints", processes=2, every=2,
+        model=LONG,
+    ).expect_success()  # fmt: skip
+    assert [record["iteration"] for record in second.records] == [6, 8]
+    assert without_times(second.records) == without_times(whole.records)[2:]
+
+
+def test_a_checkpoint_without_the_state_loads(tmp_path: Path) -> None:
+    saving = f"{FLAGS} --save-interval 4 --save {tmp_path}/checkpoints"
+    run(tmp_path / "first", f"{saving} --exit-interval 4", model=LONG).expect_success()
+    second = run(
+        tmp_path / "second", f"{saving} --load {tmp_path}/checkpoints", every=2, model=LONG
+    ).expect_success()
+    assert [record["status"] for record in second.records] == ["found", "found"]
+
+
+def test_a_checkpoint_of_a_measured_run_loads_where_nothing_is_measured(tmp_path: Path) -> None:
+    saving = f"{FLAGS} --save-interval 4 --save {tmp_path}/checkpoints"
+    whole = run(tmp_path / "whole", FLAGS, model=LONG).expect_success()
+    run(tmp_path / "first", f"{saving} --exit-interval 4", every=2, model=LONG).expect_success()
+    second = run(
+        tmp_path / "second", f"{saving} --load {tmp_path}/checkpoints", model=LONG
+    ).expect_success()
+    assert second.training_lines == whole.training_lines[4:]
