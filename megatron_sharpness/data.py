@@ -135,9 +135,7 @@ def write_dataset(prefix: Path, documents: Iterable[bytes]) -> tuple[int, int]:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".tokenize-") as folder:
             partial = Path(folder, "partial")
-            builder = IndexedDatasetBuilder(
-                f"{partial}.bin", dtype=DType.optimal_dtype(VOCAB_SIZE)
-            )
+            builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=DType.optimal_dtype(VOCAB_SIZE))
             for document in documents:
                 if not document:
                     continue

@@ -91,10 +91,11 @@ class UpdateLine:
             if not shard.counted:
                 continue
             device = shard.model.device
-            update = start.to(device).float() - end.to(device).float()
+            precision = torch.promote_types(start.dtype, torch.float32)
+            update = start.to(device, precision) - end.to(device, precision)
             grad = gradient(shard)
             if grad is not None:
-                product = grad.to(device).float().view_as(update) * update
+                product = grad.to(device, precision).view_as(update) * update
                 total[0] += product.sum(dtype=torch.float64)
             total[1] += torch.sum(update * update, dtype=torch.float64)
 

@@ -11,6 +11,7 @@ precision-aware optimizer.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def install() -> None:
     _single_process_rendezvous()
     _map_cuda_module()
     _map_distributed()
-    _CudaOnCpu().__enter__()  # stays for the life of the process
+    mode: Any = _CudaOnCpu()
+    mode.__enter__()  # stays for the life of the process
     _map_megatron()
 
 
@@ -180,16 +182,19 @@ def _map_cuda_module() -> None:
     def set_rng_state(state: torch.Tensor, device: object = None) -> None:
         torch.set_rng_state(state)
 
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
     for module in (cuda, cuda.random):
         module.get_rng_state = get_rng_state
         module.set_rng_state = set_rng_state
-        module.manual_seed = module.manual_seed_all = lambda seed: torch.default_generator.manual_seed(int(seed))
+        module.manual_seed = module.manual_seed_all = manual_seed
     cuda.default_generators = _HostGenerators()
     for kind in ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Byte", "Bool"):
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
-    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment,method-assign]
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
     if hasattr(torch, "accelerator"):
-        torch.accelerator.is_available = answer(False)  # type: ignore[assignment]
+        torch.accelerator.is_available = answer(False)
 
 
 def _map_distributed() -> None:
@@ -214,6 +219,8 @@ def _map_megatron() -> None:
     import megatron.core.datasets.utils as dataset_utils
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
+    # The host's random state is the device's here, so it does change where Megatron warns of it.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     # The wheel ships the compiled helper, but not the Makefile that this would call.
     try:
         import megatron.core.datasets.helpers_cpp  # noqa: F401

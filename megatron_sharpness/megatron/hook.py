@@ -96,7 +96,8 @@ class MeasuredTrainStep:
 def _probe(line: MegatronLine, schedule: RecordingSchedule, fraction: float) -> float:
     """The loss at θ_t + fraction·(θ_{t+1} − θ_t), the same number on every rank.
 
-    An error is kept until the collectives in which the other ranks wait have been made.
+    A rank that could not write its weights makes the collectives that the others wait in all the
+    same, and says so in the reduction of the loss.
     """
     losses, error = None, None
     try:
@@ -104,11 +105,10 @@ def _probe(line: MegatronLine, schedule: RecordingSchedule, fraction: float) -> 
     except Exception as caught:
         error = caught
     line.sync()
-    if error is None:
-        try:
-            losses = schedule.replay()
-        except Exception as caught:
-            error = caught
+    try:
+        losses = schedule.replay()
+    except Exception as caught:
+        error = error or caught
     loss, _ = reduce_loss(losses, error)
     return loss
 
@@ -207,7 +207,7 @@ class ObservedStep:
 
     def _clip_coefficient(self, grad_norm: float | None) -> float:
         """What Megatron has multiplied the gradients by (clip_grads.py)."""
-        limit = get_args().clip_grad
+        limit = float(get_args().clip_grad)
         if not limit or not grad_norm:
             return 1.0
         return min(1.0, limit / (float(grad_norm) + 1e-6))

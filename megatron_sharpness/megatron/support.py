@@ -28,7 +28,6 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "use_megatron_fsdp": ("--use-megatron-fsdp", _OTHER_WRITER),
     "use_custom_fsdp": ("--use-custom-fsdp", _OTHER_WRITER),
     "use_torch_fsdp2": ("--use-torch-fsdp2", _OTHER_WRITER),
-    "use_layer_wise_distributed_optimizer": ("--optimizer dist_muon", _OTHER_WRITER),
     "overlap_param_gather_with_optimizer_step": (
         "--overlap-param-gather-with-optimizer-step",
         _OTHER_WRITER,
@@ -77,10 +76,15 @@ def refuse_unsupported(args: Any) -> None:
     ):
         if getattr(args, name, 1) > 1:
             raise _refusal(flag, getattr(args, name), "its sharding was never measured")
-    optimizer = str(getattr(args, "optimizer", ""))
-    sharded = optimizer == "dist_muon" or getattr(args, "use_distributed_optimizer", False)
-    if "muon" in optimizer and sharded:
-        raise _refusal("--optimizer", optimizer, "layer-wise sharding was never measured")
+    layer_wise = getattr(args, "use_layer_wise_distributed_optimizer", False)
+    sharded = args.optimizer == "dist_muon" or args.use_distributed_optimizer
+    if layer_wise or ("muon" in args.optimizer and sharded):
+        raise _refusal(
+            "--optimizer",
+            args.optimizer,
+            "distributed layer by layer over the data-parallel ranks it was never measured; the "
+            "non-distributed one was",
+        )
 
 
 def check_interfaces(training: Any, checkpointing: Any) -> None:

@@ -76,7 +76,9 @@ def test_critical_lr_is_the_reference_under_every_layout(
     assert record["tokens"] == 8 * 32
 
 
-MIXTURE = "--num-experts 4 --disable-bias-linear --moe-aux-loss-coeff 1e-2 --use-distributed-optimizer"
+MIXTURE = (
+    "--num-experts 4 --disable-bias-linear --moe-aux-loss-coeff 1e-2 --use-distributed-optimizer"
+)
 
 
 def test_critical_lr_does_not_depend_on_expert_parallelism(tmp_path: Path) -> None:

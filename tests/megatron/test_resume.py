@@ -17,10 +17,20 @@ def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**record, "seconds": 0.0} for record in records]
 
 
-@pytest.mark.parametrize("checkpoints", ["torch", "torch_dist"])
-def test_resumed_measurements_are_the_uninterrupted_ones(checkpoints: str, tmp_path: Path) -> None:
-    saving = f"{FLAGS} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
-    whole = run(tmp_path / "whole", FLAGS, processes=2, every=2, model=LONG).expect_success()
+@pytest.mark.parametrize(
+    ("checkpoints", "flags"),
+    [
+        # PyTorch's AdamW keeps a tensor of steps that Megatron's older format cannot load back
+        # into the distributed optimizer, measured or not.
+        ("torch", "--bf16"),
+        ("torch_dist", FLAGS),
+    ],
+)
+def test_resumed_measurements_are_the_uninterrupted_ones(
+    checkpoints: str, flags: str, tmp_path: Path
+) -> None:
+    saving = f"{flags} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
+    whole = run(tmp_path / "whole", flags, processes=2, every=2, model=LONG).expect_success()
     run(
         tmp_path / "first", f"{saving} --exit-interval 4", processes=2, every=2, model=LONG
     ).expect_success()

@@ -75,7 +75,9 @@ REFUSED = {
         "--optimizer muon", "layer by layer",
     ],
     f"{EVERY} 10 --fp16 --fp16-lm-cross-entropy": ["--fp16-lm-cross-entropy", "too coarse"],
-    f"{EVERY} 10 --mtp-num-layers 1 --position-embedding-type rope": ["--mtp-num-layers 1", "Leave one of the two out"],
+    f"{EVERY} 10 --mtp-num-layers 1 --position-embedding-type rope": [
+        "--mtp-num-layers 1", "Leave one of the two out",
+    ],
 }  # fmt: skip
 
 

@@ -95,7 +95,9 @@ def test_searches_start_where_the_last_one_ended() -> None:
         ({"failed": "rank 1: no memory"}, "failed"),
     ],
 )
-def test_steps_that_cannot_be_measured_make_no_probe(change: dict[str, object], status: str) -> None:
+def test_steps_that_cannot_be_measured_make_no_probe(
+    change: dict[str, object], status: str
+) -> None:
     loss_at, calls = counted(quadratic)
     record = Meter(Settings()).measure(replace(STEP, **change), loss_at)  # type: ignore[arg-type]
     assert record.status == status
