@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_sharpness.errors import InputError
 from megatron_sharpness.meter import Settings
 
 _EVERY = "--measure-critical-sharpness-every"
@@ -89,7 +90,7 @@ def settings_of(args: Any) -> Settings:
     """The meter's settings from Megatron's arguments.
 
     Raises:
-        ValueError: a flag's value cannot be used. The message names flag, value, reason and remedy.
+        InputError: a flag's value cannot be used. The message names flag, value, reason and remedy.
     """
     every = args.measure_critical_sharpness_every
     if every < 0:
@@ -141,7 +142,7 @@ def check_log_is_writable(args: Any) -> None:
     """Refuse a log that cannot be written, on the rank that will write it.
 
     Raises:
-        ValueError: names the flag, the path, the reason and the remedy.
+        InputError: names the flag, the path, the reason and the remedy.
     """
     path = log_path(args)
     if path is None or args.rank != args.world_size - 1:
@@ -163,5 +164,5 @@ def check_log_is_writable(args: Any) -> None:
         os.unlink(path)
 
 
-def _bad(flag: str, value: object, reason: str, remedy: str) -> ValueError:
-    return ValueError(f"{flag} {value}: {reason}; {remedy}.")
+def _bad(flag: str, value: object, reason: str, remedy: str) -> InputError:
+    return InputError(f"{flag} {value}: {reason}; {remedy}.")

@@ -234,7 +234,7 @@ def attach(args: Any) -> None:
     """Hook a validated Megatron configuration, or refuse it.
 
     Raises:
-        ValueError: a flag or a combination of flags cannot be measured with.
+        InputError: a flag or a combination of flags cannot be measured with.
         RuntimeError: this version of Megatron lacks what the hook needs.
     """
     settings_of(args)

@@ -94,12 +94,20 @@ class RandomStates:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state()
         self._tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+        # Transformer Engine's tracker holds generators, which move on in place.
+        self._generators = {
+            state: state.get_state()
+            for state in self._tracker.values()
+            if isinstance(state, torch.Generator)
+        }
 
     def restore(self) -> None:
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         torch.cuda.set_rng_state(self._cuda)
+        for generator, state in self._generators.items():
+            generator.set_state(state)
         tensor_parallel.get_cuda_rng_tracker().set_states(dict(self._tracker))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron.core import package_info
 
+from megatron_sharpness.errors import InputError
+
 #: Versions that the tests run.
 TESTED = ("0.16", "0.17", "0.18", "0.19")
 
@@ -53,6 +55,22 @@ _REFUSED: dict[str, tuple[str, str]] = {
         "--overlap-moe-expert-parallel-comm",
         "its schedule interleaves forward with backward passes",
     ),
+    "fine_grained_activation_offloading": (
+        "--fine-grained-activation-offloading",
+        "it counts forward passes that a backward pass follows",
+    ),
+    "moe_expert_rank_capacity_factor": (
+        "--moe-expert-rank-capacity-factor",
+        "its runner repeats training passes on its own",
+    ),
+    "dsa_indexer_loss_coeff": (
+        "--dsa-indexer-loss-coeff",
+        "a forward pass adds to the indexer losses that Megatron logs",
+    ),
+    "vision_pretraining": (
+        "--vision-pretraining",
+        "a momentum teacher moves after the optimizer step",
+    ),
     "moe_routing_trace_path": ("--moe-routing-trace-path", "probes would be traced as well"),
 }
 
@@ -61,7 +79,7 @@ def refuse_unsupported(args: Any) -> None:
     """Raise for a configuration that a measurement cannot be trusted in.
 
     Raises:
-        ValueError: names the flag, its value, the reason and the remedy.
+        InputError: names the flag, its value, the reason and the remedy.
     """
     for name, (flag, reason) in _REFUSED.items():
         value = getattr(args, name, None)
@@ -121,8 +139,8 @@ def check_interfaces(training: Any, checkpointing: Any) -> None:
         )
 
 
-def _refusal(flag: str, value: object, reason: str) -> ValueError:
-    return ValueError(
+def _refusal(flag: str, value: object, reason: str) -> InputError:
+    return InputError(
         f"--measure-critical-sharpness-every cannot be used with {flag} {value}: {reason}. "
         f"Leave one of the two out."
     )

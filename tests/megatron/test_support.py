@@ -1,0 +1,77 @@
+"""Versions and configurations: what is unknown warns, what is missing or unsafe is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from megatron.core import package_info
+
+from megatron_sharpness.megatron import support
+
+
+def train_step(data: Any, model: Any, optimizer: Any, config: Any, forward_backward_func: Any):
+    return None
+
+
+TRAINING = SimpleNamespace(train_step=train_step)
+CHECKPOINTING = SimpleNamespace(check_checkpoint_args=lambda args: None)
+
+
+def test_a_tested_version_passes_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    support.check_interfaces(TRAINING, CHECKPOINTING)
+    assert not recwarn.list
+
+
+def test_an_unknown_version_with_the_interfaces_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_info, "__version__", "0.99.0")
+    with pytest.warns(UserWarning, match=r"never tested with megatron-core 0\.99\.0"):
+        support.check_interfaces(TRAINING, CHECKPOINTING)
+
+
+def test_an_unknown_version_without_them_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeError, match=r"train_step\(forward_backward_func\), .*check_"):
+        support.check_interfaces(
+            SimpleNamespace(train_step=lambda model, optimizer, config: None), SimpleNamespace()
+        )
+    with pytest.raises(RuntimeError, match=r"lacks megatron\.training\.training\.train_step"):
+        support.check_interfaces(SimpleNamespace(), CHECKPOINTING)
+
+
+def arguments(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"optimizer": "adam", "use_distributed_optimizer": True, **changes})
+
+
+def test_the_ordinary_configuration_is_accepted() -> None:
+    support.refuse_unsupported(arguments())
+    support.refuse_unsupported(arguments(optimizer="muon", use_distributed_optimizer=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"fp8": "hybrid"}, "--fp8-format hybrid"),
+        ({"fp8_param_gather": True}, "--fp8-param-gather"),
+        ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf-for-mxfp8-param-ag"),
+        ({"fp4": "e2m1"}, "--fp4-format"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+        ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
+        ({"external_cuda_graph": True}, "--external-cuda-graph"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
+        ({"optimizer": "dist_muon"}, "--optimizer dist_muon"),
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"qk_clip": True}, "--qk-clip"),
+    ],
+)
+def test_what_was_never_run_is_refused(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match="--measure-critical-sharpness-every") as refusal:
+        support.refuse_unsupported(arguments(**changes))
+    assert flag in str(refusal.value) and "Leave one of the two out" in str(refusal.value)
