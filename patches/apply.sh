@@ -4,7 +4,7 @@
 #   patches/apply.sh [--reverse] MEGATRON_LM_CHECKOUT
 #
 # The version is read from the checkout; one that there is no patch for is refused. The Python that
-# runs Megatron needs this package: pip install megatron-sharpness.
+# runs Megatron needs this package: pip install . in this repository.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -112,6 +112,16 @@ def test_help_has_the_group() -> None:
         assert f"critical-sharpness-{flag}" in text
 
 
+def test_the_flags_alone_import_neither_torch_nor_a_hook_nor_the_cpu_backend() -> None:
+    names = ["torch", *(f"megatron_sharpness.megatron.{name}" for name in ("hook", "cpu_backend"))]
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, megatron_sharpness.megatron\n"
+                               f"print([name for name in {names} if name in sys.modules])"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "megatron_sharpness.megatron", *arguments],
