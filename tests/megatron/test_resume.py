@@ -9,28 +9,22 @@ import pytest
 
 from tests.megatron.harness import MODEL, run
 
-LONG = MODEL.replace("--train-iters 6", "--train-iters 8")
-FLAGS = "--bf16 --use-distributed-optimizer"
+# Without dropout: on the CPU the data loader draws from the same random state as dropout does, and
+# Megatron makes it anew after a load.
+LONG = MODEL.replace("--train-iters 6", "--train-iters 8").replace("dropout 0.1", "dropout 0.0")
+# Without Transformer Engine or Apex Megatron cannot load a checkpoint of its distributed optimizer
+# (it asks PyTorch's AdamW for steps that are not there yet), measured or not.
+FLAGS = "--bf16"
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**record, "seconds": 0.0} for record in records]
 
 
-@pytest.mark.parametrize(
-    ("checkpoints", "flags"),
-    [
-        # PyTorch's AdamW keeps a tensor of steps that Megatron's older format cannot load back
-        # into the distributed optimizer, measured or not.
-        ("torch", "--bf16"),
-        ("torch_dist", FLAGS),
-    ],
-)
-def test_resumed_measurements_are_the_uninterrupted_ones(
-    checkpoints: str, flags: str, tmp_path: Path
-) -> None:
-    saving = f"{flags} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
-    whole = run(tmp_path / "whole", flags, processes=2, every=2, model=LONG).expect_success()
+@pytest.mark.parametrize("checkpoints", ["torch", "torch_dist"])
+def test_resumed_measurements_are_the_uninterrupted_ones(checkpoints: str, tmp_path: Path) -> None:
+    saving = f"{FLAGS} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
+    whole = run(tmp_path / "whole", FLAGS, processes=2, every=2, model=LONG).expect_success()
     run(
         tmp_path / "first", f"{saving} --exit-interval 4", processes=2, every=2, model=LONG
     ).expect_success()
@@ -58,4 +52,5 @@ def test_a_checkpoint_of_a_measured_run_loads_where_nothing_is_measured(tmp_path
     second = run(
         tmp_path / "second", f"{saving} --load {tmp_path}/checkpoints", model=LONG
     ).expect_success()
-    assert second.training_lines == whole.training_lines[4:]
+    # Megatron's log averages the first iterations after a start.
+    assert second.training_lines[2:] == whole.training_lines[6:]
