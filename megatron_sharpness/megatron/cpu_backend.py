@@ -11,6 +11,7 @@ precision-aware optimizer.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import socket
@@ -206,11 +207,13 @@ def _map_distributed() -> None:
 
 
 def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
         for option in ("device_id", "pg_options"):
-            kwargs.pop(option, None)
-        kwargs["backend"] = "gloo"
-        return original(*args, **kwargs)
+            arguments.pop(option, None)
+        return original(**{**arguments, "backend": "gloo"})
 
     return call
 

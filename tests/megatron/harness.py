@@ -73,12 +73,13 @@ def run(
     model: str = MODEL,
     environment: dict[str, str] | None = None,
     pythonpath: list[str] | None = None,
+    module: str | None = "megatron_sharpness.megatron",
     timeout: float = 180.0,
 ) -> Run:
     """Train in ``processes`` processes as torchrun would start them, and wait for the end."""
     processes_ = start(
         folder, flags, processes=processes, every=every, script=script, model=model,
-        environment=environment, pythonpath=pythonpath,
+        environment=environment, pythonpath=pythonpath, module=module,
     )  # fmt: skip
     return finish(processes_, folder, timeout)
 
@@ -111,6 +112,7 @@ def start(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
             "OBSERVED_OUT": str(folder),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *(pythonpath or [])]),
             **(environment or {}),
