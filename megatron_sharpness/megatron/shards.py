@@ -8,15 +8,23 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import Tensor
 
 from megatron_sharpness.update_line import Shard, UpdateLine
 
 
-def leaf_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers that own parameters: those of a chain, or the one that there is."""
+def leaf_optimizers(optimizer: Any) -> list[tuple[Any, Any]]:
+    """The optimizers that own parameters, those of a chain or the one that there is, each with the
+    group of ranks over which Megatron sums its gradient norm."""
     chained = getattr(optimizer, "chained_optimizers", None)
-    return [optimizer] if chained is None else [x for o in chained for x in leaf_optimizers(o)]
+    if chained is None:
+        return [(optimizer, optimizer.get_grad_stats_parallel_group())]
+    leaves = [pair for member in chained for pair in leaf_optimizers(member)]
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        # Whole parameters are dealt out to the data-parallel ranks: all ranks together have all.
+        return [(leaf, None) for leaf, _ in leaves]
+    return leaves
 
 
 def shards_of(optimizer: Any) -> list[Shard]:
@@ -88,8 +96,8 @@ class MegatronLine:
 
     def __init__(self, optimizer: Any, model: Sequence[Any], *, offload: bool) -> None:
         self.lines = [
-            (leaf, UpdateLine(shards_of(leaf), offload=offload))
-            for leaf in leaf_optimizers(optimizer)
+            (UpdateLine(shards_of(leaf), offload=offload), group)
+            for leaf, group in leaf_optimizers(optimizer)
         ]
         self.bucket_groups = [
             group
@@ -103,12 +111,12 @@ class MegatronLine:
 
     def begin(self) -> None:
         """Keep θ_t; before the step."""
-        for _, line in self.lines:
+        for line, _ in self.lines:
             line.begin()
 
     def end(self) -> None:
         """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
-        for _, line in self.lines:
+        for line, _ in self.lines:
             line.end()
         self.is_open = True
         self._dispatched = [group.param_gather_dispatched for group in self.bucket_groups]
@@ -121,7 +129,7 @@ class MegatronLine:
 
     def move(self, fraction: float) -> None:
         """Write this rank's shards of θ(fraction). :meth:`sync` must follow on all ranks."""
-        for _, line in self.lines:
+        for line, _ in self.lines:
             line.move(fraction)
 
     def sync(self) -> None:
@@ -147,7 +155,7 @@ class MegatronLine:
     def release(self) -> None:
         """Give the copies back."""
         self.is_open = False
-        for _, line in self.lines:
+        for line, _ in self.lines:
             line.release()
 
     def products(self) -> Tensor:
@@ -158,9 +166,9 @@ class MegatronLine:
         """
         device = torch.cuda.current_device()
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for leaf, line in self.lines:
+        for line, group in self.lines:
             partial = torch.zeros_like(total)
             line.products(lambda shard: shard.main.grad, partial)
-            torch.distributed.all_reduce(partial, group=leaf.get_grad_stats_parallel_group())
+            torch.distributed.all_reduce(partial, group=group)
             total += partial
         return total

@@ -95,13 +95,14 @@ def refuse_unsupported(args: Any) -> None:
         if getattr(args, name, 1) > 1:
             raise _refusal(flag, getattr(args, name), "its sharding was never measured")
     layer_wise = getattr(args, "use_layer_wise_distributed_optimizer", False)
-    sharded = args.optimizer == "dist_muon" or args.use_distributed_optimizer
-    if layer_wise or ("muon" in args.optimizer and sharded):
+    if args.optimizer == "dist_muon" or (
+        layer_wise and not getattr(args, "use_layer_wise_param_layout", False)
+    ):
         raise _refusal(
             "--optimizer",
             args.optimizer,
-            "distributed layer by layer over the data-parallel ranks it was never measured; the "
-            "non-distributed one was",
+            "layers are dealt out to the data-parallel ranks outside of the parameter buffers, "
+            "which are what is written; from core_v0.18 on they lie in them",
         )
 
 

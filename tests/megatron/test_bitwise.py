@@ -15,6 +15,10 @@ LAYOUTS = {
     "fp16 with skipped steps": (1, "--fp16 --initial-loss-scale 2097152 --hysteresis 1"),
     "sgd": (1, "--optimizer sgd --bf16"),
     "muon": (1, "--optimizer muon --bf16"),
+    "muon distributed": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
+                            "--overlap-grad-reduce --overlap-param-gather"),
+    "muon distributed tp": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
+                               "--tensor-model-parallel-size 2"),
     "decoupled lr": (1, "--decoupled-lr 2e-2 --decoupled-min-lr 1e-3 --bf16 "
                         "--untie-embeddings-and-output-weights"),
     "recompute": (1, "--bf16 --recompute-granularity full --recompute-method uniform "

@@ -46,9 +46,13 @@ def arguments(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"optimizer": "adam", "use_distributed_optimizer": True, **changes})
 
 
+LAYER_WISE = {"use_layer_wise_distributed_optimizer": True, "use_layer_wise_param_layout": True}
+
+
 def test_the_ordinary_configuration_is_accepted() -> None:
     support.refuse_unsupported(arguments())
     support.refuse_unsupported(arguments(optimizer="muon", use_distributed_optimizer=False))
+    support.refuse_unsupported(arguments(optimizer="muon", **LAYER_WISE))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,10 @@ def test_the_ordinary_configuration_is_accepted() -> None:
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
         ({"optimizer": "dist_muon"}, "--optimizer dist_muon"),
-        ({"optimizer": "muon"}, "--optimizer muon"),
+        (
+            {"optimizer": "muon", **LAYER_WISE, "use_layer_wise_param_layout": False},
+            "--optimizer muon",
+        ),
         ({"qk_clip": True}, "--qk-clip"),
     ],
 )

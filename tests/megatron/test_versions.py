@@ -20,6 +20,7 @@ LAYOUTS = {
     "pp": (2, "--pipeline-model-parallel-size 2 --bf16"),
     "overlap": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce "
                    "--overlap-param-gather"),
+    "muon distributed": (2, "--optimizer muon --bf16 --use-distributed-optimizer"),
     "fp16": (1, "--fp16 --initial-loss-scale 4096"),
 }  # fmt: skip
 
