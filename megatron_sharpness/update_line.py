@@ -99,10 +99,6 @@ class UpdateLine:
                 total[0] += product.sum(dtype=torch.float64)
             total[1] += torch.sum(update * update, dtype=torch.float64)
 
-    def release(self) -> None:
-        """Give the copies back."""
-        self._starts, self._ends = [], []
-
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.offload:
             return tensor.detach().clone()

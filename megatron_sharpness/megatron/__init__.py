@@ -32,8 +32,14 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
     def validate_and_attach(args: Any, *rest: Any, **kwargs: Any) -> Any:
         validated = validate_args(args, *rest, **kwargs)
         if args.measure_critical_sharpness_every:
-            from megatron_sharpness.megatron.hook import attach
-
+            try:
+                from megatron_sharpness.megatron.hook import attach
+            except ImportError as error:
+                raise RuntimeError(
+                    "--measure-critical-sharpness-every: this version of Megatron lacks what the "
+                    f"measurement needs ({error}); use one of megatron-core 0.16 to 0.19, or leave "
+                    "the flag out."
+                ) from error
             attach(args)
         return validated
 

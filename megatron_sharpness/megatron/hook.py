@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.utils import StragglerDetector
 from megatron.training import (
     checkpointing,
+    ft_integration,
     get_args,
     get_tensorboard_writer,
     get_wandb_writer,
+    global_vars,
     training,
 )
 
@@ -28,6 +31,16 @@ from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
 from megatron_sharpness.meter import Meter, Sink, Step
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
+
+#: What the hook replaces or calls in Megatron, beside what it imports by name.
+NEEDED = (
+    (training, "train_step"),
+    (checkpointing, "check_checkpoint_args"),
+    (global_vars, "_GLOBAL_TIMERS"),
+    (ft_integration, "on_training_step_start"),
+    (ft_integration, "on_training_step_end"),
+    (StragglerDetector, "_instance"),
+)
 
 #: Attribute of Megatron's arguments, which every checkpoint holds, that carries the meter's state.
 STATE = "critical_sharpness_state"
@@ -81,13 +94,11 @@ class MeasuredTrainStep:
     def _measure(
         self, iteration: int, observed: ObservedStep, schedule: RecordingSchedule, config: Any
     ) -> None:
-        line = observed.line
         with quiet(schedule.model, config, self._mode):
             step = observed.agree(iteration, schedule, trained=self._mode == "train")
+            line = observed.line
             try:
-                self.meter.measure(
-                    step, lambda eta: _probe(line, schedule, eta / step.lr)
-                )
+                self.meter.measure(step, lambda eta: _probe(line, schedule, eta / step.lr))
             finally:
                 line.restore()
         setattr(get_args(), STATE, self.meter.state_dict())
@@ -118,7 +129,7 @@ class ObservedStep:
 
     def __init__(self, optimizer: Any, model: Any, *, offload: bool) -> None:
         self.optimizer = optimizer
-        self.line = MegatronLine(optimizer, model, offload=offload)
+        self.line = MegatronLine(model, offload=offload)
         self.happened = False
         self._lr = 0.0
         self._weight_decay = 0.0
@@ -149,12 +160,12 @@ class ObservedStep:
                 self.optimizer.step = replaced
 
     def _before(self) -> None:
-        for group in self.optimizer.param_groups:
-            if group["params"] and not group.get("is_decoupled_lr", False):
-                self._lr = max(self._lr, float(group["lr"]))
-                self._weight_decay = max(self._weight_decay, float(group["weight_decay"]))
         try:
-            self.line.begin()
+            for group in self.optimizer.param_groups:
+                if group["params"] and not group.get("is_decoupled_lr", False):
+                    self._lr = max(self._lr, float(group["lr"]))
+                    self._weight_decay = max(self._weight_decay, float(group["weight_decay"]))
+            self.line.begin(self.optimizer)
         except Exception as caught:  # out of memory, say: the step itself goes on
             self._error = caught
             self.line.release()
@@ -240,7 +251,7 @@ def attach(args: Any) -> None:
     settings_of(args)
     check_log_is_writable(args)
     refuse_unsupported(args)
-    check_interfaces(training, checkpointing)
+    check_interfaces(NEEDED, getattr(training, "train_step", None))
     check_args = checkpointing.check_checkpoint_args
 
     @functools.wraps(check_args)

@@ -89,16 +89,13 @@ class MegatronLine:
     """One optimizer step's line over all leaf optimizers, written into Megatron's model.
 
     Args:
-        optimizer: what ``train_step`` steps.
         model: the model chunks of this rank, as ``train_step`` gets them.
         offload: keep the copies in host memory.
     """
 
-    def __init__(self, optimizer: Any, model: Sequence[Any], *, offload: bool) -> None:
-        self.lines = [
-            (UpdateLine(shards_of(leaf), offload=offload), group)
-            for leaf, group in leaf_optimizers(optimizer)
-        ]
+    def __init__(self, model: Sequence[Any], *, offload: bool) -> None:
+        self.offload = offload
+        self.lines: list[tuple[UpdateLine, Any]] = []
         self.bucket_groups = [
             group
             for chunk in model
@@ -109,8 +106,12 @@ class MegatronLine:
         self.is_open = False
         self._dispatched: list[bool] = []
 
-    def begin(self) -> None:
-        """Keep θ_t; before the step."""
+    def begin(self, optimizer: Any) -> None:
+        """Keep θ_t of all that ``optimizer`` is about to step."""
+        self.lines = [
+            (UpdateLine(shards_of(leaf), offload=self.offload), group)
+            for leaf, group in leaf_optimizers(optimizer)
+        ]
         for line, _ in self.lines:
             line.begin()
 
@@ -155,8 +156,7 @@ class MegatronLine:
     def release(self) -> None:
         """Give the copies back."""
         self.is_open = False
-        for line, _ in self.lines:
-            line.release()
+        self.lines = []
 
     def products(self) -> Tensor:
         """⟨g, θ_t − θ_{t+1}⟩ and ‖θ_t − θ_{t+1}‖² over all ranks; fp64, shape [2].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core import package_info
@@ -106,26 +107,24 @@ def refuse_unsupported(args: Any) -> None:
         )
 
 
-def check_interfaces(training: Any, checkpointing: Any) -> None:
+def check_interfaces(needed: Iterable[tuple[Any, str]], train_step: Any) -> None:
     """Warn of a version that was never tested, and refuse one whose interfaces are not there.
+
+    Args:
+        needed: owners and the names of what is replaced or called there.
+        train_step: Megatron's, whose parameters are asked for by name.
 
     Raises:
         RuntimeError: names the version and what it lacks.
     """
     version = package_info.__version__
-    missing = []
-    train_step = getattr(training, "train_step", None)
-    if train_step is None:
-        missing.append("megatron.training.training.train_step")
-    else:
-        names = inspect.signature(train_step).parameters
-        missing += [
-            f"train_step({name})"
-            for name in ("model", "optimizer", "config", "forward_backward_func")
-            if name not in names
-        ]
-    if not hasattr(checkpointing, "check_checkpoint_args"):
-        missing.append("megatron.training.checkpointing.check_checkpoint_args")
+    missing = [f"{owner.__name__}.{name}" for owner, name in needed if not hasattr(owner, name)]
+    parameters = inspect.signature(train_step).parameters if train_step else {}
+    missing += [
+        f"train_step({name})"
+        for name in ("model", "optimizer", "config", "forward_backward_func")
+        if name not in parameters
+    ]
     if missing:
         raise RuntimeError(
             f"--measure-critical-sharpness-every: megatron-core {version} lacks "

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
 
@@ -47,7 +45,6 @@ def test_wandb_logs_at_the_iteration() -> None:
 def test_json_lines_are_appended(tmp_path: Path) -> None:
     path = tmp_path / "new" / "log.jsonl"
     sink = JsonLinesSink(path)
-    assert path.exists()
     sink.write(FOUND)
     path.unlink()  # a log that is rotated away does not end the run
     sink.write(FAILED)
@@ -55,11 +52,6 @@ def test_json_lines_are_appended(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["status"] for line in lines] == ["failed", "found"]
     assert lines[0]["critical_lr"] is None and lines[0]["reason"] == "no memory"
-
-
-def test_json_lines_refuse_what_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
-        JsonLinesSink(tmp_path)
 
 
 def test_the_console_says_what_was_found_and_why_not() -> None:

@@ -59,13 +59,3 @@ def test_products_count_every_parameter_once() -> None:
     total = torch.zeros(2, dtype=torch.float64)
     line.products(lambda shard: None if shard is shards[2] else torch.full((4,), 3.0), total)
     assert total.tolist() == [24.0, 32.0]  # the third has moved, but has no gradient
-
-
-def test_memory_is_given_back() -> None:
-    main = torch.zeros(4)
-    line = UpdateLine([Shard(main=main, model=main.clone())])
-    line.begin()
-    line.end()
-    line.release()
-    with pytest.raises(ValueError, match="zip"):
-        line.move(0.5)
