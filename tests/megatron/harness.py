@@ -40,6 +40,10 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     @property
+    def timeless_records(self) -> list[dict[str, Any]]:
+        return [{**record, "seconds": 0.0} for record in self.records]
+
+    @property
     def hashes(self) -> list[dict[str, str]]:
         return [json.loads(p.read_text()) for p in sorted(self.folder.glob("rank*.json"))]
 
@@ -63,25 +67,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(
-    folder: Path,
-    flags: str,
-    *,
-    processes: int = 1,
-    every: int = 0,
-    script: Path = OBSERVED,
-    model: str = MODEL,
-    environment: dict[str, str] | None = None,
-    pythonpath: list[str] | None = None,
-    module: str | None = "megatron_sharpness.megatron",
-    timeout: float = 180.0,
-) -> Run:
-    """Train in ``processes`` processes as torchrun would start them, and wait for the end."""
-    processes_ = start(
-        folder, flags, processes=processes, every=every, script=script, model=model,
-        environment=environment, pythonpath=pythonpath, module=module,
-    )  # fmt: skip
-    return finish(processes_, folder, timeout)
+def run(folder: Path, flags: str, *, timeout: float = 180.0, **options: Any) -> Run:
+    """Train and wait for the end; ``options`` are those of :func:`start`."""
+    return finish(start(folder, flags, **options), folder, timeout)
 
 
 def start(
@@ -96,6 +84,7 @@ def start(
     pythonpath: list[str] | None = None,
     module: str | None = "megatron_sharpness.megatron",
 ) -> list[subprocess.Popen[bytes]]:
+    """Start ``processes`` processes of a training script as torchrun would."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     command = [sys.executable, *(["-m", module] if module else []), str(script)]
