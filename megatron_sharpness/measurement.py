@@ -49,7 +49,7 @@ class Measurement:
     Attributes:
         iteration: training iteration, counted from 1 as in the training log.
         consumed_samples: samples trained on up to and with this iteration.
-        lr: learning rate η of the step.
+        lr: learning rate η that the step was made with; Megatron's log line shows the next one's.
         loss: L(θ), mean loss a token of the step's batch before the step, in nats.
         slope: s = ⟨g, Δθ⟩ with the unclipped gradient g, the first-order decrease for a unit of
             learning rate.

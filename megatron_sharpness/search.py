@@ -26,6 +26,9 @@ _RANGE_LOG2 = 40
 # A slope ≤ 0 says that the loss rises at first; it is believed once the loss is above L(θ) at
 # these fractions of the guess.
 _ASCENT_FRACTIONS = (2.0**-3, 2.0**-6, 2.0**-12)
+# s·η_c of a typical language model in training, as a fraction of L(θ): what the first prediction
+# goes by where the slope is not known.
+_TYPICAL_FALL = 0.05
 _TINIEST = math.ulp(0.0)
 
 
@@ -88,7 +91,8 @@ def find_critical_lr(
     "certified" predicts η_c from the probes made so far, evaluates there, and closes the
     bracket with an evaluation one tolerance away on the other side: three evaluations where
     the prediction is right to within the tolerance. With the slope known one probe is enough
-    for a prediction, without it two. η_c is interpolated inside the bracket.
+    for a prediction; without it one probe tells about how near η_c is, and two predict it.
+    η_c is interpolated inside the bracket.
 
     Args:
         loss_at: η ↦ L(θ - ηΔθ), in nat.
@@ -244,11 +248,7 @@ class _Search:
         failed = len(self.probes) - 1
         longest = math.log(8 if self.descent is None else 64) * 2**failed
         shortest = window * 4 ** max(failed - 4, 0)
-        if root is not None:
-            step = self.reach(sign * (root - end), window)
-        else:
-            # Without a slope the second probe is to make a prediction, so it stays near.
-            step = math.log(1.5) if self.descent is None and not failed else longest
+        step = longest if root is None else self.reach(sign * (root - end), window)
         step = min(max(step, shortest), longest)
         left = _RANGE_LOG2 * math.log(2) - abs(end - math.log(self.guess))
         eta = _exp(end + sign * min(step, left))
@@ -276,7 +276,7 @@ class _Search:
         finite = sorted((p for p in self.probes if math.isfinite(p.loss)), key=lambda p: p.lr)
         slope = self.descent or _secant_slope(self.loss, finite)
         if slope is None:
-            return None
+            return self.predict_typical() if len(self.probes) == 1 else None
         points = [
             (math.log(probe.lr), deviation, probe.lr in (self.lower, self.upper))
             for probe in finite
@@ -288,12 +288,22 @@ class _Search:
         best = ends if len(ends) == 2 else points[:2]
         if not best:
             return None
+        if len(ends) == 1 and best[0] is not ends[0]:
+            best = ends  # the loss bends back, and the secant would point away from the root
         x, deviation, _ = best[0]
         gain = 1.0
         if len(best) == 2 and best[1][0] != x:
             gain = (best[1][1] - deviation) / (best[1][0] - x)
             gain = min(max(gain, 0.1), 10.0)
         return x - deviation / gain
+
+    def predict_typical(self) -> float:
+        """ln of the η_c that the first probe has on a quadratic loss of the typical slope."""
+        probe = self.probes[0]
+        rise = (probe.loss - self.loss) / (_TYPICAL_FALL * abs(self.loss) or _TINIEST)
+        # Between a half and twice the probe: the second probe is to make a prediction.
+        rise = min(max(rise, -0.25), 2.0) if math.isfinite(probe.loss) else 2.0
+        return math.log(probe.lr) - math.log((1 + math.sqrt(1 + 4 * rise)) / 2)
 
     def interpolate(self) -> float:
         """η_c inside the bracket, by the line through (L(θ - ηΔθ) - L(θ))/η at its ends."""
