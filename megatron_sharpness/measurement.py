@@ -54,7 +54,8 @@ class Measurement:
         slope: s = ⟨g, Δθ⟩ with the unclipped gradient g, the first-order decrease for a unit of
             learning rate.
         critical_lr: η_c = min{η > 0 : L(θ − ηΔθ) > L(θ)} (Def. 2.1), interpolated in its bracket.
-        critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper).
+        critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper); under other
+            statuses than ``found`` the tightest one seen.
         critical_sharpness: λ_c = 2/η_c (Def. 2.1).
         directional_sharpness: λ_dir = ΔθᵀHΔθ / ⟨g, Δθ⟩ (Result 2.1), estimated from the probes as
             :func:`megatron_sharpness.search.estimate_directional_sharpness` says.

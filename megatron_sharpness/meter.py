@@ -250,20 +250,19 @@ class Meter:
         }
         if search.status != "found" or search.eta is None:
             return outcome
+        if self.state.noise and step.slope is not None and step.slope > 0.0:
+            ratio = self.state.noise / (step.slope * search.eta)
+            if ratio > NOISE_LIMIT:
+                return outcome | _ended(
+                    "noise_limited",
+                    reason=f"the noise of the loss is {ratio:.0%} of the predicted decrease s·η_c",
+                )
         self.state.guess = search.eta
-        outcome |= {
+        return outcome | {
             "critical_lr": search.eta,
             "critical_sharpness": 2.0 / search.eta,
             "lr_over_critical": step.lr / search.eta,
         }
-        if self.state.noise and step.slope is not None and step.slope > 0.0:
-            ratio = self.state.noise / (step.slope * search.eta)
-            if ratio > NOISE_LIMIT:
-                outcome |= _ended(
-                    "noise_limited",
-                    reason=f"the noise of the loss is {ratio:.0%} of the predicted decrease s·η_c",
-                )
-        return outcome
 
 
 def _ended(status: Status, reason: str | None = None) -> dict[str, Any]:

@@ -132,16 +132,16 @@ def test_an_error_can_be_made_fatal_and_is_recorded_first() -> None:
 
 
 def test_noise_that_hides_the_root_is_a_status() -> None:
-    calls = 0
-
     def noisy(eta: float) -> float:
-        nonlocal calls
-        calls += 1
-        return quadratic(eta) + (0.02 if calls % 2 else -0.02)
+        return quadratic(eta) + (0.02 if 0.0 < eta < 0.01 * STEP.lr else 0.0)
 
-    record = Meter(Settings(), warn=lambda message: None).measure(STEP, noisy)
-    assert record.status in {"noise_limited", "exhausted"}
-    assert record.noise == pytest.approx(0.02, rel=1.0)
+    meter = Meter(Settings())
+    record = meter.measure(STEP, noisy)
+    assert record.noise == pytest.approx(0.02, rel=1e-2)  # a tenth of s·η_c = 0.2
+    assert record.status == "noise_limited" and "10%" in str(record.reason)
+    assert record.critical_sharpness is None and record.critical_lr is None
+    assert record.critical_lr_lower is not None  # what was seen is kept, and not gone on from
+    assert meter.state.guess is None
 
 
 def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
