@@ -80,6 +80,12 @@ def sigterm_during_probe() -> None:
     _once(lambda: os.kill(os.getpid(), signal.SIGTERM), replay.RecordingSchedule, "replay")
 
 
+def death_of_last_rank() -> None:
+    """The process is gone, as on a lost node."""
+    if RANK == LAST:
+        _once(lambda: os._exit(17), replay.RecordingSchedule, "replay")
+
+
 def non_repeating_loss() -> None:
     """A forward pass that answers differently every time, on the same weights."""
     real, calls = replay.reduce_loss, 0

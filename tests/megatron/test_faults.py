@@ -97,3 +97,13 @@ def test_sigterm_during_a_probe_ends_the_run_as_megatron_would(tmp_path: Path) -
     assert [record["iteration"] for record in ended.records] == [2, 4]
     assert [record["status"] for record in ended.records] == ["found", "found"]
     assert ended.hashes == plain.hashes
+
+
+def test_a_dead_rank_ends_the_run_as_in_training(tmp_path: Path) -> None:
+    processes, flags = DP
+    ended = run(
+        tmp_path, flags, processes=processes, every=2,
+        environment={"OBSERVED_FAULT": "death_of_last_rank"},
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "hung" not in ended.output
