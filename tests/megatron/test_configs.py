@@ -32,7 +32,6 @@ print("layout:", args.tensor_model_parallel_size, args.pipeline_model_parallel_s
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.megatron
 def test_megatron_accepts_the_configuration(config: Path, version: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")

@@ -25,7 +25,6 @@ def tokenize(*arguments: object) -> int:
     return cli.main(["tokenize", *map(str, arguments)])
 
 
-@pytest.mark.megatron
 def test_text_and_jsonl_come_back_byte_by_byte_in_order(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
@@ -37,7 +36,6 @@ def test_text_and_jsonl_come_back_byte_by_byte_in_order(tmp_path: Path) -> None:
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["data.bin", "data.idx"]
 
 
-@pytest.mark.megatron
 def test_python_docs_are_capped_and_the_same_every_time(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     for name in ("once", "again"):
@@ -67,7 +65,6 @@ def test_python_code_holds_modules_but_no_tests() -> None:
         ("\n\n", "every source given is empty"),
     ],
 )
-@pytest.mark.megatron
 def test_jsonl_that_cannot_be_used_is_refused_and_nothing_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
 ) -> None:
@@ -97,7 +94,6 @@ def test_arguments_that_cannot_be_used_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.megatron
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     (tmp_path / "file").touch()
