@@ -125,7 +125,7 @@ def write_dataset(prefix: Path, documents: Iterable[bytes]) -> tuple[int, int]:
     except ModuleNotFoundError as error:
         raise InputError(
             f"Megatron's dataset format needs megatron-core ({error}); "
-            "pip install 'megatron-sharpness[megatron]'"
+            "pip install megatron-core"
         ) from error
     import numpy as np
     import torch

@@ -29,7 +29,7 @@ from megatron_sharpness.megatron.arguments import check_log_is_writable, log_pat
 from megatron_sharpness.megatron.replay import RecordingSchedule, first_error, quiet, reduce_loss
 from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
-from megatron_sharpness.meter import Meter, Sink, Step
+from megatron_sharpness.meter import Meter, Settings, Sink, Step
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.
@@ -51,14 +51,15 @@ class MeasuredTrainStep:
 
     Args:
         train_step: the function to call.
+        settings: when and what to measure with.
         args: Megatron's arguments, validated.
     """
 
-    def __init__(self, train_step: Callable[..., Any], args: Any) -> None:
+    def __init__(self, train_step: Callable[..., Any], settings: Settings, args: Any) -> None:
         functools.update_wrapper(self, train_step)
         self._train_step = train_step
         self._signature = inspect.signature(train_step)
-        self._settings = settings_of(args)
+        self._settings = settings
         self._offload = args.critical_sharpness_offload == "cpu"
         self._mode = args.critical_sharpness_mode
         self._meter: Meter | None = None
@@ -248,7 +249,7 @@ def attach(args: Any) -> None:
         InputError: a flag or a combination of flags cannot be measured with.
         RuntimeError: this version of Megatron lacks what the hook needs.
     """
-    settings_of(args)
+    settings = settings_of(args)
     check_log_is_writable(args)
     refuse_unsupported(args)
     check_interfaces(NEEDED, getattr(training, "train_step", None))
@@ -260,4 +261,4 @@ def attach(args: Any) -> None:
         return check_args(checkpoint_args, *rest, **kwargs)
 
     checkpointing.check_checkpoint_args = check_args_and_take_state
-    training.train_step = MeasuredTrainStep(training.train_step, args)
+    training.train_step = MeasuredTrainStep(training.train_step, settings, args)

@@ -96,13 +96,16 @@ class MegatronLine:
     def __init__(self, model: Sequence[Any], *, offload: bool) -> None:
         self.offload = offload
         self.lines: list[tuple[UpdateLine, Any]] = []
-        self.bucket_groups = [
-            group
+        self.gathered = [
+            chunk
             for chunk in model
             if getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False)
+        ]
+        self.bucket_groups = [
+            group
+            for chunk in self.gathered
             for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
         ]
-        self.chunks = [chunk for chunk in model if hasattr(chunk, "start_param_sync")]
         self.is_open = False
         self._dispatched: list[bool] = []
 
@@ -135,10 +138,9 @@ class MegatronLine:
 
     def sync(self) -> None:
         """Gather the shards of all ranks; the collectives of every rank, whatever failed before."""
-        if self.bucket_groups:
-            with torch.no_grad():
-                for chunk in self.chunks:
-                    chunk.start_param_sync(force_sync=True)
+        with torch.no_grad():
+            for chunk in self.gathered:
+                chunk.start_param_sync(force_sync=True)
 
     def restore(self) -> None:
         """θ_{t+1} back into the model, and Megatron's own account of its gathers.

@@ -63,7 +63,7 @@ def draw(records: list[Record], path: Path, training: TrainingCurves | None = No
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--out needs matplotlib ({error}); pip install 'megatron-sharpness[report]'"
+            f"--out needs matplotlib ({error}); pip install matplotlib"
         ) from error
 
     with rc_context(STYLE):

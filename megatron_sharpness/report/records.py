@@ -95,7 +95,7 @@ def read_tensorboard(folder: Path) -> TrainingCurves:
     except ModuleNotFoundError as error:
         raise InputError(
             f"--tensorboard-dir needs tensorboard ({error}); "
-            "pip install 'megatron-sharpness[report]'"
+            "pip install tensorboard"
         ) from error
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
