@@ -47,8 +47,8 @@ class Measurement:
     """One measurement. A number that could not be had is ``None``, and ``status`` says why.
 
     Attributes:
-        iteration: training iteration, counted from 1 as in the training log.
-        consumed_samples: samples trained on up to and with this iteration.
+        iteration: training iteration, as in the framework's own log.
+        consumed_samples: samples trained on up to and with this iteration, where they are counted.
         lr: learning rate η that the step was made with; Megatron's log line shows the next one's.
         loss: L(θ), mean loss a token of the step's batch before the step, in nats.
         slope: s = ⟨g, Δθ⟩ with the unclipped gradient g, the first-order decrease for a unit of
@@ -76,7 +76,7 @@ class Measurement:
     """
 
     iteration: int
-    consumed_samples: int
+    consumed_samples: int | None
     lr: float
     batch: str
     status: Status

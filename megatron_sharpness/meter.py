@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
+from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import (
     NOISE_LIMIT,
     Measurement,
@@ -52,12 +53,15 @@ class Settings:
     """What to measure with.
 
     Attributes:
-        every: interval in iterations.
+        every: interval in iterations; 0 is off.
         method: line search, ``certified`` or the paper's ``bisection``.
         tolerance: width |1 − lower/upper| of the bracket to reach, in (0, 1).
         initial_guess: learning rate at which the very first search starts; the step's own if None.
         max_evaluations: most forward passes that one search may spend.
         on_error: what a failed measurement does to the run.
+
+    Raises:
+        SettingError: a value cannot be used; the message names it, the reason and the remedy.
     """
 
     every: int = 100
@@ -67,9 +71,40 @@ class Settings:
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
 
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise SettingError(
+                "every", self.every, "an interval is positive; give 100, or 0 to switch it off"
+            )
+        if self.method not in ("certified", "bisection"):
+            raise SettingError(
+                "method", self.method, "no such line search; give 'certified' or 'bisection'"
+            )
+        if not 0.0 < self.tolerance < 1.0:
+            raise SettingError(
+                "tolerance",
+                self.tolerance,
+                "a relative width lies between 0 and 1; give 0.0625, the default, or leave it out",
+            )
+        if self.initial_guess is not None and not 0.0 < self.initial_guess < math.inf:
+            raise SettingError(
+                "initial_guess",
+                self.initial_guess,
+                "a learning rate to start from is positive and finite; leave it out to start from "
+                "the step's own",
+            )
+        if self.max_evaluations < 1:
+            raise SettingError(
+                "max_evaluations",
+                self.max_evaluations,
+                "a search needs forward passes; give 40, the default, or leave it out",
+            )
+        if self.on_error not in ("warn", "raise"):
+            raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
+
     def due(self, iteration: int) -> bool:
-        """Whether the interval divides ``iteration``, counted from 1."""
-        return iteration % self.every == 0
+        """Whether the interval divides ``iteration``."""
+        return self.every > 0 and iteration % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +122,8 @@ class Step:
     """
 
     iteration: int
-    consumed_samples: int
     lr: float
+    consumed_samples: int | None = None
     weight_decay: float = 0.0
     beta1: float | None = None
     training_loss: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,11 @@ class UpdateLine:
         self._starts: list[Tensor] = []
         self._ends: list[Tensor] = []
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's shards lie."""
+        return self.shards[0].model.device if self.shards else torch.device("cpu")
+
     @torch.no_grad()
     def begin(self) -> None:
         """Keep θ_t."""
@@ -79,25 +84,27 @@ class UpdateLine:
             shard.model.copy_(point.view_as(shard.model), non_blocking=True)
 
     @torch.no_grad()
-    def products(self, gradient: Callable[[Shard], Tensor | None], total: Tensor) -> None:
-        """Add ⟨g, θ_t − θ_{t+1}⟩ and ‖θ_t − θ_{t+1}‖² of the shards that count to ``total``.
+    def products(self, gradients: Iterable[Tensor | None], total: Tensor) -> None:
+        """Add ⟨g, θ_t − θ_{t+1}⟩, ‖θ_t − θ_{t+1}‖² and ‖g‖² of the shards that count to ``total``.
 
         Args:
-            gradient: the gradient that the step used, of the elements of ``Shard.main``, or None
-                for a shard that has none.
-            total: fp64, shape [2].
+            gradients: for each shard the gradient that the step used, of the elements of
+                ``Shard.main``, or None where there is none.
+            total: fp64, shape [3].
         """
-        for shard, start, end in zip(self.shards, self._starts, self._ends, strict=True):
+        for shard, start, end, grad in zip(
+            self.shards, self._starts, self._ends, gradients, strict=True
+        ):
             if not shard.counted:
                 continue
             device = shard.model.device
             precision = torch.promote_types(start.dtype, torch.float32)
             update = start.to(device, precision) - end.to(device, precision)
-            grad = gradient(shard)
+            total[1] += torch.sum(update * update, dtype=torch.float64).to(total.device)
             if grad is not None:
-                product = grad.to(device, precision).view_as(update) * update
-                total[0] += product.sum(dtype=torch.float64)
-            total[1] += torch.sum(update * update, dtype=torch.float64)
+                grad = grad.to(device, precision).view_as(update)
+                total[0] += torch.sum(grad * update, dtype=torch.float64).to(total.device)
+                total[2] += torch.sum(grad * grad, dtype=torch.float64).to(total.device)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.offload:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sharpness.megatron.arguments import add_arguments
+from megatron_sharpness.arguments import add_arguments
 
 __all__ = ["hooked", "install"]
 

@@ -8,7 +8,8 @@ from megatron_sharpness.measurement import Measurement
 
 
 class TensorBoardSink:
-    """Writes every tag twice, as Megatron does: against iterations, and as ``"<tag> vs samples"``.
+    """Writes every tag against iterations and, where samples are counted, as ``"<tag> vs samples"``
+    too, as Megatron does.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter`` or what behaves like one.
@@ -20,4 +21,5 @@ class TensorBoardSink:
     def write(self, measurement: Measurement) -> None:
         for tag, value in measurement.scalars().items():
             self.writer.add_scalar(tag, value, measurement.iteration)
-            self.writer.add_scalar(f"{tag} vs samples", value, measurement.consumed_samples)
+            if measurement.consumed_samples is not None:
+                self.writer.add_scalar(f"{tag} vs samples", value, measurement.consumed_samples)

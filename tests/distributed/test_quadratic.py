@@ -58,8 +58,8 @@ def measure(rank: int, world: int, layout: str) -> Measurement:
     line.end()
     after = model.clone()
 
-    products = torch.zeros(2, dtype=torch.float64)
-    line.products(lambda shard: gradient, products)
+    products = torch.zeros(3, dtype=torch.float64)
+    line.products([gradient], products)
     dist.all_reduce(products)
 
     def loss_at(eta: float) -> float:

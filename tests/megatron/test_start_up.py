@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.megatron.arguments import add_arguments
+from megatron_sharpness.arguments import add_arguments
 from tests.megatron.harness import MODEL, ROOT
 
 #: Parses command lines with Megatron's own parser and validation, and prints what came of each.

@@ -56,6 +56,7 @@ def test_products_count_every_parameter_once() -> None:
     for shard in shards:
         shard.main.sub_(2.0)
     line.end()
-    total = torch.zeros(2, dtype=torch.float64)
-    line.products(lambda shard: None if shard is shards[2] else torch.full((4,), 3.0), total)
-    assert total.tolist() == [24.0, 32.0]  # the third has moved, but has no gradient
+    total = torch.zeros(3, dtype=torch.float64)
+    three = torch.full((4,), 3.0)
+    line.products([three, three, None], total)
+    assert total.tolist() == [24.0, 32.0, 36.0]  # the third has moved, but has no gradient

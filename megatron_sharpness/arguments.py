@@ -1,4 +1,4 @@
-"""The command-line flags, in Megatron's own parser, and what is refused at start-up."""
+"""The command-line flags, the same for Megatron and for the FSDP2 training script."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.meter import Settings
 
-_EVERY = "--measure-critical-sharpness-every"
+#: Field of :class:`~megatron_sharpness.meter.Settings` → flag.
+FLAGS = {
+    "every": "--measure-critical-sharpness-every",
+    "method": "--critical-sharpness-method",
+    "tolerance": "--critical-sharpness-tolerance",
+    "initial_guess": "--critical-sharpness-initial-guess",
+    "max_evaluations": "--critical-sharpness-max-evaluations",
+    "on_error": "--critical-sharpness-on-error",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group "critical sharpness" to Megatron's parser."""
+    """Add the group "critical sharpness" to a parser: Megatron's own, or a script's."""
     group = parser.add_argument_group(
         "critical sharpness",
         "Curvature of the loss along the optimizer's own updates (arXiv 2601.16979).",
     )
     defaults = Settings()
     group.add_argument(
-        _EVERY,
+        FLAGS["every"],
         type=int,
         default=0,
         metavar="N",
@@ -29,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "off. A measurement takes about as long as four to five forward passes over the batch.",
     )
     group.add_argument(
-        "--critical-sharpness-method",
+        FLAGS["method"],
         choices=["certified", "bisection"],
         default=defaults.method,
         help="Line search for the critical learning rate: 'certified' predicts it from the slope "
@@ -37,21 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "twice as many forward passes.",
     )
     group.add_argument(
-        "--critical-sharpness-tolerance",
+        FLAGS["tolerance"],
         type=float,
         default=defaults.tolerance,
         help="Relative width |1 - lower/upper| of the bracket around the critical learning rate, "
         "between 0 and 1 (default: 1/16).",
     )
     group.add_argument(
-        "--critical-sharpness-initial-guess",
+        FLAGS["initial_guess"],
         type=float,
         default=None,
         help="Learning rate at which the first search starts (default: the step's own). Later "
         "ones start where the last one ended, also after a resume.",
     )
     group.add_argument(
-        "--critical-sharpness-max-evaluations",
+        FLAGS["max_evaluations"],
         type=int,
         default=defaults.max_evaluations,
         help="Most forward passes that one measurement's search may spend (default: 40).",
@@ -78,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--tensorboard-dir).",
     )
     group.add_argument(
-        "--critical-sharpness-on-error",
+        FLAGS["on_error"],
         choices=["warn", "raise"],
         default=defaults.on_error,
         help="What a failed measurement does: 'warn' and train on, or 'raise'.",
@@ -87,46 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def settings_of(args: Any) -> Settings:
-    """The meter's settings from Megatron's arguments.
+    """The meter's settings from parsed arguments.
 
     Raises:
         InputError: a flag's value cannot be used. The message names flag, value, reason and remedy.
     """
-    every = args.measure_critical_sharpness_every
-    if every < 0:
-        raise _bad(_EVERY, every, "an interval is positive", "give 100, or 0 to switch it off")
-    tolerance = args.critical_sharpness_tolerance
-    if not 0.0 < tolerance < 1.0:
-        raise _bad(
-            "--critical-sharpness-tolerance",
-            tolerance,
-            "a relative width lies between 0 and 1",
-            "give 0.0625, the default, or leave it out",
-        )
-    guess = args.critical_sharpness_initial_guess
-    if guess is not None and not 0.0 < guess < float("inf"):
-        raise _bad(
-            "--critical-sharpness-initial-guess",
-            guess,
-            "a learning rate to start from is positive and finite",
-            "leave it out to start from the step's own",
-        )
-    evaluations = args.critical_sharpness_max_evaluations
-    if evaluations < 1:
-        raise _bad(
-            "--critical-sharpness-max-evaluations",
-            evaluations,
-            "a search needs forward passes",
-            "give 40, the default, or leave it out",
-        )
-    return Settings(
-        every=every,
-        method=args.critical_sharpness_method,
-        tolerance=tolerance,
-        initial_guess=guess,
-        max_evaluations=evaluations,
-        on_error=args.critical_sharpness_on_error,
-    )
+    try:
+        return Settings(**{name: getattr(args, _destination(flag)) for name, flag in FLAGS.items()})
+    except SettingError as error:
+        raise _bad(FLAGS[error.name], error.value, error.reason) from None
 
 
 def log_path(args: Any) -> Path | None:
@@ -157,12 +134,16 @@ def check_log_is_writable(args: Any) -> None:
         raise _bad(
             flag,
             str(path),
-            f"the file cannot be written ({error.strerror})",
-            "name a file in a folder that the last rank can write to",
+            f"the file cannot be written ({error.strerror}); name a file in a folder that the "
+            "last rank can write to",
         ) from error
     if not existed:
         os.unlink(path)
 
 
-def _bad(flag: str, value: object, reason: str, remedy: str) -> InputError:
-    return InputError(f"{flag} {value}: {reason}; {remedy}.")
+def _destination(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _bad(flag: str, value: object, reason: str) -> InputError:
+    return InputError(f"{flag} {value}: {reason}.")

@@ -1,0 +1,143 @@
+"""Critical sharpness in a training loop of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.meter import Meter, Settings, Sink
+from megatron_sharpness.pytorch.step import Evaluate, ObservedStep
+from megatron_sharpness.pytorch.support import refuse_unsupported
+
+
+class CriticalSharpness:
+    """Measures critical sharpness λ_c = 2/η_c of the optimizer's own updates (Def. 2.1).
+
+    ::
+
+        sharpness = CriticalSharpness(model, optimizer, every=100, sinks=[TensorBoardSink(writer)])
+        for step, batch in enumerate(loader):
+            ...forward, backward...
+            optimizer.step()
+            record = sharpness.after_step(step, lambda: loss_sum_and_tokens(model, batch))
+
+    A measurement moves the parameters along θ(η) = θ_t + (η/lr)(θ_{t+1} − θ_t), evaluates the loss
+    there, and puts everything back: parameters, buffers, random states, training mode. Training
+    goes on bit for bit as without it. It takes the memory of two copies of the parameters that
+    this rank's optimizers step. In a step that is not due nothing happens.
+
+    Args:
+        model: as it is called in the training step: the module itself, or what DDP, ``fully_shard``
+            or ``torch.compile`` made of it.
+        optimizer: one optimizer, or all that step parameters of the model.
+        every: measure after the steps that this number divides; 0 is off.
+        sinks: where records go. They are written on rank 0 alone.
+        mode: ``train`` replays the random states of the step's own forward passes, dropout masks
+            and all; ``eval`` puts the model in evaluation mode.
+        offload: ``cpu`` keeps the copies in host memory, pinned where there is a GPU.
+        settings: the other fields of :class:`~megatron_sharpness.meter.Settings`.
+
+    Raises:
+        InputError: something here cannot be measured with; the message says why and what to do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        every: int = 100,
+        sinks: Sequence[Sink] = (),
+        *,
+        mode: Literal["train", "eval"] = "train",
+        offload: Literal["none", "cpu"] = "none",
+        **settings: Any,
+    ) -> None:
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._settings = Settings(every=every, **settings)
+        refuse_unsupported(model, optimizers, mode=mode, offload=offload)
+        self._model = model
+        self._optimizers = optimizers
+        self._mode = mode
+        self._offload = offload == "cpu"
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        self._warn: Callable[[str], object] = warnings.warn if writes else lambda message: None
+        self._meter = Meter(self._settings, sinks if writes else (), self._warn)
+        self._previous: int | None = None
+        # The number of the first step is not known before it is over.
+        self._observed = self._observe() if every else None
+
+    @property
+    def armed(self) -> bool:
+        """Whether the coming step is observed: its batches are to be kept for ``evaluate``."""
+        return self._observed is not None
+
+    def after_step(
+        self,
+        step: int,
+        evaluate: Evaluate,
+        *,
+        grad_norm: Tensor | float | None = None,
+        consumed_samples: int | None = None,
+    ) -> Measurement | None:
+        """Measure the step that the optimizer has just made, where it is due. Collective then.
+
+        Call it once after every optimizer step, on every rank, before anything else changes the
+        model.
+
+        Args:
+            step: number of the step; the next one's is ``step + 1``.
+            evaluate: runs the step's own micro-batches through the model, forward only, in the
+                order of the training step, and returns this rank's sum of losses and number of
+                tokens. A rank that holds no loss, or repeats another's, returns zeros. It is called
+                several times, under ``no_grad``.
+            grad_norm: L2 norm of all gradients before they were clipped, as ``clip_grad_norm_``
+                returns it; None where they were not clipped.
+            consumed_samples: samples trained on up to and with this step, for the record.
+
+        Returns:
+            The record, or None in a step that is not due.
+
+        Raises:
+            ProbeError: the measurement failed, and ``on_error`` is ``raise``.
+        """
+        observed, self._observed = self._observed, None
+        previous, self._previous = self._previous, step
+        try:
+            if not self._settings.due(step):
+                return None
+            if observed is None:
+                observed = self._observe()
+                observed.error = RuntimeError(
+                    f"step {step} came after step {previous}: after_step is to be called after "
+                    "every optimizer step, with consecutive numbers"
+                )
+            with observed.replaying(evaluate, eval_mode=self._mode == "eval") as loss_at:
+                seen = observed.agree(step, loss_at, grad_norm, consumed_samples)
+                record = self._meter.measure(
+                    seen, lambda learning_rate: loss_at(learning_rate / seen.lr)[0]
+                )
+        finally:
+            if observed is not None:
+                observed.release()
+            if self._settings.due(step + 1):
+                self._observed = self._observe()
+        if record.status == "failed":
+            self._warn(f"critical sharpness of step {step} was not measured: {record.reason}")
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to measure what an uninterrupted one does; plain numbers."""
+        return self._meter.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._meter.load_state_dict(state_dict)
+
+    def _observe(self) -> ObservedStep:
+        return ObservedStep(self._model, self._optimizers, offload=self._offload)

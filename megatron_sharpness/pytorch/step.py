@@ -1,0 +1,223 @@
+"""One training step, observed while it is made and evaluated again along its update."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from megatron_sharpness.meter import ProbeError, Step
+from megatron_sharpness.pytorch.shards import ModelOnLines, ObservedOptimizer, largest_rates
+from megatron_sharpness.replay import (
+    Buffers,
+    RandomStates,
+    all_max,
+    all_sum,
+    first_error,
+    reduce_loss,
+)
+
+#: Gives a sum of losses in nats and the number of tokens that it was summed over.
+Evaluate = Callable[[], tuple[Tensor | float, Tensor | float]]
+
+#: The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t).
+LossAt = Callable[[float], tuple[float, int]]
+
+
+class ObservedStep:
+    """Watches a model and its optimizers through the next step.
+
+    Attributes:
+        error: why the step could not be observed, if so.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *, offload: bool) -> None:
+        self.error: Exception | None = None
+        self._model = model
+        self._passes = RecordedPasses(model)
+        self._optimizers = [ObservedOptimizer(entry, offload=offload) for entry in optimizers]
+
+    def release(self) -> None:
+        """Take all hooks off and give the copies back."""
+        self._passes.release()
+        for optimizer in self._optimizers:
+            optimizer.release()
+
+    @contextlib.contextmanager
+    def replaying(self, evaluate: Evaluate, *, eval_mode: bool) -> Iterator[LossAt]:
+        """The loss along the update; in the end everything is as it was in the beginning."""
+        states, buffers = RandomStates(), Buffers([self._model])
+        training = [(module, module.training) for module in self._model.modules()]
+        lines = ModelOnLines(self._model, self._optimizers)
+        moved = False
+
+        def loss_at(fraction: float) -> tuple[float, int]:
+            nonlocal moved
+            moved = True
+            loss, tokens = 0.0, 0.0
+            error: Exception | None = None
+            try:
+                lines.move(fraction)
+            except Exception as caught:
+                error = caught
+            lines.sync()
+            try:  # whatever failed before: the other ranks wait in the model's collectives
+                with torch.no_grad(), self._passes.replaying():
+                    loss, tokens = _sums(evaluate())
+            except Exception as caught:
+                error = error or caught
+            return reduce_loss(loss, tokens, error, collective_device())
+
+        if eval_mode:
+            self._model.eval()
+        try:
+            yield loss_at
+        finally:
+            if moved:
+                lines.move(1.0)
+                lines.sync()
+            for module, flag in training:
+                module.training = flag
+            buffers.restore()
+            states.restore()
+
+    def agree(
+        self,
+        number: int,
+        loss_at: LossAt,
+        grad_norm: Tensor | float | None,
+        consumed_samples: int | None,
+    ) -> Step:
+        """The step as all ranks see it, with L(θ) evaluated. Collective."""
+        started = time.perf_counter()
+        error = self.error or next((seen.error for seen in self._optimizers if seen.error), None)
+        stepped = [seen for seen in self._optimizers if seen.stepped]
+        rates = [(seen.lr, seen.weight_decay) for seen in stepped] or [
+            largest_rates(seen.optimizer) for seen in self._optimizers
+        ]
+        flags = torch.tensor(
+            [error is not None, not stepped, *(max(rate) for rate in zip(*rates, strict=True))],
+            dtype=torch.float64,
+        )
+        failed, skipped, lr, weight_decay = all_max(flags, collective_device()).tolist()
+        seen = Step(
+            iteration=number,
+            consumed_samples=consumed_samples,
+            lr=lr,
+            weight_decay=weight_decay,
+            beta1=_beta1([seen.optimizer for seen in self._optimizers]),
+            skipped=bool(skipped),
+            failed=first_error(error) if failed else None,
+            started=started,
+        )
+        if failed or skipped or lr == 0.0:
+            return seen
+        products = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
+        products = all_sum(products, collective_device())
+        decrease, squared_update, squared_gradient = products.tolist()
+        if squared_update == 0.0:  # a fused optimizer under loss scaling decides on the device
+            return dataclasses.replace(seen, skipped=True)
+        clipped = 1.0 if grad_norm is None else math.sqrt(squared_gradient) / _number(grad_norm)
+        try:
+            loss, tokens = loss_at(0.0)
+        except ProbeError as caught:
+            return dataclasses.replace(seen, failed=str(caught))
+        return dataclasses.replace(
+            seen,
+            training_loss=loss,
+            tokens=tokens,
+            slope=decrease / lr / clipped,
+            update_norm=math.sqrt(squared_update) / lr,
+        )
+
+
+class RecordedPasses:
+    """The random states of a step's forward passes, and the buffers before the first of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._states: list[RandomStates] = []
+        self._buffers: Buffers | None = None
+        self._handle = model.register_forward_pre_hook(self._record)
+
+    def release(self) -> None:
+        """Record no further passes."""
+        self._handle.remove()
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Within it the passes draw what they have drawn in training."""
+        if self._buffers is None:
+            # The loop calls the model in another way than through the module that was given.
+            self._states, self._buffers = [RandomStates()], Buffers([self._model])
+        self._buffers.restore()
+        self._states[0].restore()
+        torch.clear_autocast_cache()  # it may hold casts of other weights
+        states = iter(self._states)
+
+        def set_random_states(*_: Any) -> None:
+            if (recorded := next(states, None)) is not None:
+                recorded.restore()
+
+        self._handle.remove()
+        handle = self._model.register_forward_pre_hook(set_random_states)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _record(self, *_: Any) -> None:
+        if not torch.is_grad_enabled():  # an evaluation between the steps
+            return
+        if self._buffers is None:
+            self._buffers = Buffers([self._model])
+        self._states.append(RandomStates())
+
+
+def collective_device() -> torch.device:
+    """Where the default process group reduces."""
+    if not dist.is_initialized() or "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _number(value: Tensor | float) -> float:
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _sums(evaluated: Any) -> tuple[float, float]:
+    """What ``evaluate`` returned, checked."""
+    if not isinstance(evaluated, tuple) or len(evaluated) != 2:
+        raise TypeError(
+            f"evaluate() returned {type(evaluated).__name__}; it returns a tuple of this rank's "
+            "sum of losses and number of tokens"
+        )
+    loss, tokens = evaluated
+    if isinstance(loss, Tensor) and loss.is_floating_point() and loss.dtype.itemsize < 4:
+        raise TypeError(
+            f"evaluate() returned a loss in {loss.dtype}, too coarse to compare; compute the loss "
+            "in fp32, from logits.float()"
+        )
+    return _number(loss), _number(tokens)
+
+
+def _beta1(optimizers: Sequence[Optimizer]) -> float | None:
+    """β₁ where all that steps is Adam with the same one."""
+    if not all("Adam" in type(optimizer).__name__ for optimizer in optimizers):
+        return None
+    found = {
+        float(group["betas"][0])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if "betas" in group
+    }
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,115 @@
+"""What it takes to evaluate a training step's loss once more, in any framework."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_sharpness.meter import ProbeError
+
+
+class RandomStates:
+    """The random states of Python, NumPy and PyTorch, those of the current device included."""
+
+    def __init__(self) -> None:
+        accelerated = torch.accelerator.is_available()
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()
+        self._cpu = torch.get_rng_state()
+        self._device = _device_module().get_rng_state() if accelerated else None
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._device is not None:
+            _device_module().set_rng_state(self._device)
+
+
+def _device_module() -> Any:
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
+class Buffers:
+    """The buffers of modules as they are: which tensors, and what is in them."""
+
+    @torch.no_grad()
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self._saved = [
+            (module, name, buffer, buffer.detach().clone())
+            for model in models
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, name, buffer, copy in self._saved:
+            buffer.copy_(copy)
+            if getattr(module, name) is not buffer:  # a forward pass may assign a new tensor
+                setattr(module, name, buffer)
+
+
+def reduce_loss(
+    loss: Tensor | float, tokens: Tensor | float, error: Exception | None, device: torch.device
+) -> tuple[float, int]:
+    """Mean loss a token over all ranks, and the number of tokens. Collective.
+
+    The sums of the ranks are added in fp64, never the means. An error on any rank travels in the
+    same reduction, so that all ranks give up together.
+
+    Args:
+        loss: this rank's sum of losses, in nats.
+        tokens: the tokens that it was summed over.
+        error: why this rank has no loss, if so.
+        device: where the process group reduces.
+
+    Returns:
+        The same numbers on every rank: rank 0's.
+
+    Raises:
+        ProbeError: ``error`` was given on some rank.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    if error is None:
+        sums[0], sums[1] = float(loss), float(tokens)
+    else:
+        sums[2] = 1.0
+    total, count, failures = all_sum(sums, device).tolist()
+    if failures:
+        raise ProbeError(first_error(error))
+    return (total / count if count else float("nan")), int(count)
+
+
+def all_sum(values: Tensor, device: torch.device) -> Tensor:
+    """The sum of ``values`` over all ranks, the same bits on each. Collective."""
+    values = values.to(device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        dist.broadcast(values, src=0)  # an all-reduce may round differently on each rank
+    return values
+
+
+def all_max(values: Tensor, device: torch.device) -> Tensor:
+    """The largest of each of ``values`` over all ranks. Collective."""
+    values = values.to(device)
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def first_error(error: Exception | None) -> str:
+    """The error of the lowest rank that has one, and which rank that is. Collective."""
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    if not dist.is_initialized():
+        return text or ""
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, text)
+    rank, text = next((rank, text) for rank, text in enumerate(errors) if text is not None)
+    return f"rank {rank}: {text}"

@@ -1,0 +1,249 @@
+"""Trains a layout with and without measurement, on this process or as one rank of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+
+from megatron_sharpness.pytorch import CriticalSharpness
+
+from .gpt import loss_sum, make_batch, make_gpt
+from .layouts import DISTRIBUTED, Layout
+
+STEPS, EVERY = 4, 2
+
+
+@dataclasses.dataclass
+class Trained:
+    """What is left of a run on one rank: a hash of each part, and the records."""
+
+    hashes: dict[str, str]
+    records: list[dict[str, Any]]
+    weights: list[dict[str, Tensor]]  # whole, before each step and after the last
+    data_size: int
+
+
+def train(
+    layout: Layout, steps: int, *, every: int, dropout: float, keep_weights: bool = False
+) -> Trained:
+    """Train for a few steps; the schedule changes the learning rate at each."""
+    random.seed(1)
+    np.random.seed(1)
+    model = make_gpt(dropout, checkpointed=layout.checkpointed).to(layout.parameters)
+    called, data_rank, data_size = layout.wrap(model)
+    optimizers = layout.optimizers(called)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.3 * step))
+        for optimizer in optimizers
+    ]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=layout.scaled)
+    torch.manual_seed(100 + data_rank)
+    sharpness = CriticalSharpness(called, optimizers, every, **layout.options) if every else None
+    losses, records, weights = [], [], []
+    for step in range(steps):
+        if keep_weights:
+            weights.append(whole_weights(model))
+        batches = [make_batch(step, i, data_rank) for i in range(layout.micro_batches)]
+        total = sum(
+            int(make_batch(step, i, rank)[1].ge(0).sum())
+            for i in range(layout.micro_batches)
+            for rank in range(data_size)
+        )
+
+        def evaluate() -> tuple[Tensor, int]:
+            with layout.precision():
+                pairs = [loss_sum(called, batch) for batch in batches]  # noqa: B023
+            return torch.stack([loss for loss, _ in pairs]).sum(), sum(int(n) for _, n in pairs)
+
+        def backward() -> Tensor:
+            summed = torch.zeros(())
+            for batch in batches:  # noqa: B023
+                with layout.precision():
+                    loss, _ = loss_sum(called, batch)
+                # Gradients are averaged over the data-parallel ranks.
+                scaler.scale(loss * data_size / total).backward()  # type: ignore[no-untyped-call]  # noqa: B023
+                summed += loss.detach()
+            return summed
+
+        norm = None
+        if layout.closure:
+            (optimizer,) = optimizers
+            losses.append(optimizer.step(backward))  # type: ignore[arg-type]
+        else:
+            losses.append(backward())
+            if layout.clip:
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(called.parameters(), layout.clip)
+            if not layout.steps_itself:
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+        scaler.update()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.zero_grad()
+            schedule.step()
+        if sharpness is not None:
+            record = sharpness.after_step(step, evaluate, grad_norm=norm)
+            if record is not None:
+                records.append(dataclasses.asdict(record))
+    if keep_weights:
+        weights.append(whole_weights(model))
+    hashes = {
+        "parameters": digest(called.parameters()),
+        "buffers": digest(called.buffers()),
+        "optimizers": digest(
+            value
+            for optimizer in optimizers
+            for state in getattr(optimizer, "optim", optimizer).state.values()
+            for _, value in sorted(state.items())
+            if isinstance(value, Tensor)
+        ),
+        "random": digest(
+            [torch.get_rng_state(), torch.tensor([random.random(), float(np.random.rand())])]
+        ),
+        "losses": digest(losses),
+        "scaler": str(scaler.state_dict()),
+        "modes": str([module.training for module in called.modules()]),
+    }
+    return Trained(hashes, records, weights, data_size)
+
+
+def digest(tensors: Any) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        held = tensor.detach()
+        held = held.to_local() if isinstance(held, DTensor) else held
+        found.update(
+            str(held.shape).encode()
+            + held.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return found.hexdigest()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the names that the unwrapped model gives them, on every rank."""
+    found = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found[name] = whole.detach().clone()
+    return found
+
+
+def reference(layout: Layout, size: int, weights: list[dict[str, Tensor]], step: int) -> Reference:
+    """The same numbers from whole weights on one process in fp64, from the equations.
+
+    Args:
+        size: data-parallel ranks whose batches make up the step's.
+        weights: before each step and after the last.
+        step: which one.
+    """
+    model = make_gpt(0.0).double()
+    start, end = ({k: v.double() for k, v in weights[i].items()} for i in (step, step + 1))
+    model.train(layout.options.get("mode") != "eval")
+
+    def loss(fraction: Tensor) -> Tensor:
+        losses, tokens = [], 0
+        for rank in range(size):
+            passes = start["passes"].clone()
+            for i in range(layout.micro_batches):
+                at = {k: torch.lerp(start[k], end[k], fraction) for k in start if k != "passes"}
+                total, count = functional_call(
+                    Loss(model),
+                    {"model." + k: v for k, v in at.items()} | {"model.passes": passes},
+                    (make_batch(step, i, rank),),
+                )
+                losses.append(total)
+                tokens += int(count)
+        return torch.stack(losses).sum() / tokens
+
+    lr = max(
+        group["initial_lr"] if "initial_lr" in group else group["lr"]
+        for optimizer in layout.optimizers(make_gpt(0.0))
+        for group in optimizer.param_groups
+    ) / (1.0 + 0.3 * step)
+    zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    at_zero = loss(zero)
+    (derivative,) = torch.autograd.grad(at_zero, zero)
+    with torch.no_grad():
+        lower, upper = 0.0, 2.0**-10
+        while loss(torch.tensor(upper, dtype=torch.float64)) <= at_zero:
+            lower, upper = upper, upper * 1.1
+        for _ in range(40):
+            middle = 0.5 * (lower + upper)
+            if loss(torch.tensor(middle, dtype=torch.float64)) <= at_zero:
+                lower = middle
+            else:
+                upper = middle
+    norm = sum(float((start[k] - end[k]).square().sum()) for k in start if k != "passes") ** 0.5
+    return Reference(at_zero.item(), -derivative.item() / lr, norm / lr, lower * lr)
+
+
+class Loss(nn.Module):
+    """``loss_sum`` as a module, to call with other weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return loss_sum(self.model, batch)
+
+
+@dataclasses.dataclass
+class Reference:
+    loss: float
+    slope: float
+    update_norm: float
+    critical_lr: float
+
+
+def compare(layout: Layout) -> dict[str, Any]:
+    """Training with dropout, off and on; then the number without it, beside the reference."""
+    off = train(layout, STEPS, every=0, dropout=0.2)
+    on = train(layout, STEPS, every=EVERY, dropout=0.2)
+    narrow = dataclasses.replace(layout, options={"tolerance": 1e-3, **layout.options})
+    measured = train(narrow, EVERY + 1, every=EVERY, dropout=0.0, keep_weights=True)
+    step = EVERY
+    return {
+        "off": off.hashes,
+        "on": on.hashes,
+        "records": on.records,
+        "record": next(r for r in measured.records if r["iteration"] == step),
+        "reference": dataclasses.asdict(
+            reference(layout, measured.data_size, measured.weights, step)
+        ),
+    }
+
+
+def main(folder: Path, world: int) -> None:
+    """One rank: every layout in turn, its results in a file for each."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for name, layout in DISTRIBUTED.items():
+        try:
+            found = compare(layout)
+        except BaseException:
+            found = {"error": traceback.format_exc()}
+        (folder / f"{name} {rank}.json").write_text(json.dumps(found))
+        if "error" in found:
+            os._exit(1)  # the other ranks may wait in a collective
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
