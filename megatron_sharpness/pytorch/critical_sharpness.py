@@ -117,6 +117,11 @@ class CriticalSharpness:
                     f"step {step} came after step {previous}: after_step is to be called after "
                     "every optimizer step, with consecutive numbers"
                 )
+            elif not observed.passes_seen:
+                self._warn(
+                    "critical sharpness: the model given was not called in the training step, so "
+                    "that its dropout masks cannot be replayed; give it as the loop calls it"
+                )
             with observed.replaying(evaluate, eval_mode=self._mode == "eval") as loss_at:
                 seen = observed.agree(step, loss_at, grad_norm, consumed_samples)
                 record = self._meter.measure(
@@ -130,6 +135,12 @@ class CriticalSharpness:
         if record.status == "failed":
             self._warn(f"critical sharpness of step {step} was not measured: {record.reason}")
         return record
+
+    def close(self) -> None:
+        """Observe no further step, and leave model and optimizer without a hook."""
+        if self._observed is not None:
+            self._observed.release()
+            self._observed = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to measure what an uninterrupted one does; plain numbers."""

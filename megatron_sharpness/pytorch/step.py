@@ -46,6 +46,11 @@ class ObservedStep:
         self._passes = RecordedPasses(model)
         self._optimizers = [ObservedOptimizer(entry, offload=offload) for entry in optimizers]
 
+    @property
+    def passes_seen(self) -> int:
+        """How often the training step has called the model so far."""
+        return len(self._passes.states)
+
     def release(self) -> None:
         """Take all hooks off and give the copies back."""
         self._passes.release()
@@ -141,11 +146,15 @@ class ObservedStep:
 
 
 class RecordedPasses:
-    """The random states of a step's forward passes, and the buffers before the first of them."""
+    """The random states of a step's forward passes, and the buffers before the first of them.
+
+    Attributes:
+        states: of each pass, in order.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._states: list[RandomStates] = []
+        self.states: list[RandomStates] = []
         self._buffers: Buffers | None = None
         self._handle = model.register_forward_pre_hook(self._record)
 
@@ -158,11 +167,11 @@ class RecordedPasses:
         """Within it the passes draw what they have drawn in training."""
         if self._buffers is None:
             # The loop calls the model in another way than through the module that was given.
-            self._states, self._buffers = [RandomStates()], Buffers([self._model])
+            self.states, self._buffers = [RandomStates()], Buffers([self._model])
         self._buffers.restore()
-        self._states[0].restore()
+        self.states[0].restore()
         torch.clear_autocast_cache()  # it may hold casts of other weights
-        states = iter(self._states)
+        states = iter(self.states)
 
         def set_random_states(*_: Any) -> None:
             if (recorded := next(states, None)) is not None:
@@ -180,7 +189,7 @@ class RecordedPasses:
             return
         if self._buffers is None:
             self._buffers = Buffers([self._model])
-        self._states.append(RandomStates())
+        self.states.append(RandomStates())
 
 
 def collective_device() -> torch.device:

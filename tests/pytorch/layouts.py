@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,32 +33,50 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from .gpt import GPT
 
-Wrapped = tuple[nn.Module, int, int]  # the model as called, data-parallel rank and size
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model as the loop calls it, and which data this rank trains on.
+
+    Attributes:
+        repeats: whether this rank computes the same loss as another one.
+    """
+
+    model: nn.Module
+    data_rank: int
+    data_size: int
+    repeats: bool = False
+
+
+def on_all_ranks(model: nn.Module) -> Wrapped:
+    """Data parallel over all ranks."""
+    return Wrapped(model, dist.get_rank(), dist.get_world_size())
 
 
 def plain(model: GPT) -> Wrapped:
-    return model, 0, 1
+    return Wrapped(model, 0, 1)
 
 
 def ddp(model: GPT) -> Wrapped:
-    return DistributedDataParallel(model), dist.get_rank(), dist.get_world_size()
+    return on_all_ranks(DistributedDataParallel(model))
 
 
 def fsdp1_no_shard(model: GPT) -> Wrapped:
-    wrapped = FullyShardedDataParallel(
-        model,
-        sharding_strategy=ShardingStrategy.NO_SHARD,
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
+    return on_all_ranks(
+        FullyShardedDataParallel(
+            model,
+            sharding_strategy=ShardingStrategy.NO_SHARD,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
     )
-    return wrapped, dist.get_rank(), dist.get_world_size()
 
 
 def fsdp2(**options: Any) -> Callable[[GPT], Wrapped]:
     def wrap(model: GPT) -> Wrapped:
         for block in model.blocks:
             fully_shard(block, **options)
-        return fully_shard(model, **options), dist.get_rank(), dist.get_world_size()
+        return on_all_ranks(fully_shard(model, **options))
 
     return wrap
 
@@ -104,21 +123,22 @@ def _tensor_parallel(model: GPT, mesh: Any) -> None:
 
 def tensor_parallel(model: GPT) -> Wrapped:
     _tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-    return model, 0, 1
+    return Wrapped(model, 0, 1, repeats=dist.get_rank() > 0)
 
 
 def fsdp2_with_tensor_parallel(model: GPT) -> Wrapped:
     size = dist.get_world_size() // 2
     mesh = init_device_mesh("cpu", (size, 2), mesh_dim_names=("dp", "tp"))
     _tensor_parallel(model, mesh["tp"])
-    wrapped, _, _ = fsdp2(mesh=mesh["dp"])(model)
-    return wrapped, mesh.get_local_rank("dp"), size
+    called = fsdp2(mesh=mesh["dp"])(model).model
+    return Wrapped(called, mesh.get_local_rank("dp"), size, mesh.get_local_rank("tp") > 0)
 
 
 def compiled(wrap: Callable[[GPT], Wrapped]) -> Callable[[GPT], Wrapped]:
     def wrap_and_compile(model: GPT) -> Wrapped:
-        wrapped, rank, size = wrap(model)
-        return torch.compile(wrapped, backend="aot_eager"), rank, size  # type: ignore[return-value]
+        wrapped = wrap(model)
+        called = torch.compile(wrapped.model, backend="aot_eager")
+        return dataclasses.replace(wrapped, model=called)
 
     return wrap_and_compile
 
@@ -198,6 +218,7 @@ class Layout:
         closure: whether forward and backward run inside of ``optimizer.step``.
         steps_itself: whether the optimizers step in the backward pass.
         options: of CriticalSharpness.
+        mixed: whether the forward pass computes in bf16 without autocast.
     """
 
     wrap: Callable[[GPT], Wrapped] = plain
@@ -211,6 +232,11 @@ class Layout:
     closure: bool = False
     steps_itself: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    mixed: bool = False
+
+    @property
+    def computes_in_low_precision(self) -> bool:
+        return self.mixed or self.autocast is not None or self.parameters != torch.float32
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -254,7 +280,7 @@ DISTRIBUTED = {
     "fsdp2": Layout(wrap=fsdp2(), clip=0.5),
     "fsdp2, never resharded": Layout(wrap=fsdp2(reshard_after_forward=False)),
     "fsdp2, accumulation": Layout(wrap=fsdp2(), micro_batches=2, clip=0.5),
-    "fsdp2, bf16": Layout(wrap=fsdp2(mp_policy=BF16)),
+    "fsdp2, bf16": Layout(wrap=fsdp2(mp_policy=BF16), mixed=True),
     "fsdp2, cpu offload": Layout(wrap=fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "fsdp2, checkpointing": Layout(wrap=fsdp2(), checkpointed=True),
     "fsdp2, fused": Layout(wrap=fsdp2(), optimizers=adamw(fused=True)),

@@ -45,7 +45,8 @@ def train(
     random.seed(1)
     np.random.seed(1)
     model = make_gpt(dropout, checkpointed=layout.checkpointed).to(layout.parameters)
-    called, data_rank, data_size = layout.wrap(model)
+    wrapped = layout.wrap(model)
+    called, data_rank, data_size = wrapped.model, wrapped.data_rank, wrapped.data_size
     optimizers = layout.optimizers(called)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.3 * step))
@@ -68,6 +69,8 @@ def train(
         def evaluate() -> tuple[Tensor, int]:
             with layout.precision():
                 pairs = [loss_sum(called, batch) for batch in batches]  # noqa: B023
+            if wrapped.repeats:
+                return torch.zeros(()), 0
             return torch.stack([loss for loss, _ in pairs]).sum(), sum(int(n) for _, n in pairs)
 
         def backward() -> Tensor:
@@ -224,26 +227,33 @@ def compare(layout: Layout) -> dict[str, Any]:
         "on": on.hashes,
         "records": on.records,
         "record": next(r for r in measured.records if r["iteration"] == step),
+        "tokens": sum(
+            int(make_batch(step, i, rank)[1].ge(0).sum())
+            for i in range(layout.micro_batches)
+            for rank in range(measured.data_size)
+        ),
         "reference": dataclasses.asdict(
             reference(layout, measured.data_size, measured.weights, step)
         ),
     }
 
 
-def main(folder: Path, world: int) -> None:
-    """One rank: every layout in turn, its results in a file for each."""
-    rank = int(os.environ["RANK"])
+def main(folder: Path) -> None:
+    """One rank: every layout in turn, and what it found in a file for each."""
+    rank = os.environ["RANK"]
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name, layout in DISTRIBUTED.items():
         try:
             found = compare(layout)
         except BaseException:
             found = {"error": traceback.format_exc()}
-        (folder / f"{name} {rank}.json").write_text(json.dumps(found))
+        partial = folder / f"{rank}.partial"
+        partial.write_text(json.dumps(found))
+        partial.rename(folder / f"{name} {rank}.json")
         if "error" in found:
             os._exit(1)  # the other ranks may wait in a collective
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
