@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, free_port, start_ranks
+
+__all__ = ["MODEL", "OBSERVED", "ROOT", "Run", "finish", "free_port", "run", "start"]
+
 OBSERVED = Path(__file__).with_name("observed_pretrain.py")
 
 #: A GPT of 2 layers and width 32 on Megatron's mock data, with dropout on.
@@ -61,12 +61,6 @@ class Run:
         return self
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run(folder: Path, flags: str, *, timeout: float = 180.0, **options: Any) -> Run:
     """Train and wait for the end; ``options`` are those of :func:`start`."""
     return finish(start(folder, flags, **options), folder, timeout)
@@ -85,34 +79,17 @@ def start(
     module: str | None = "megatron_sharpness.megatron",
 ) -> list[subprocess.Popen[bytes]]:
     """Start ``processes`` processes of a training script as torchrun would."""
-    folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    command = [sys.executable, *(["-m", module] if module else []), str(script)]
+    command = [*(["-m", module] if module else []), str(script)]
     command += [*model.split(), *flags.split(), "--tensorboard-dir", str(folder / "tensorboard")]
     if every:
         command += ["--measure-critical-sharpness-every", str(every)]
-    started = []
-    for rank in range(processes):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "OBSERVED_OUT": str(folder),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *(pythonpath or [])]),
-            **(environment or {}),
-        }
-        with (folder / f"output{rank}.txt").open("wb") as output:
-            started.append(
-                subprocess.Popen(
-                    command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=folder
-                )
-            )
-    return started
+    return start_ranks(
+        command,
+        folder,
+        processes,
+        environment={"OBSERVED_OUT": str(folder), **(environment or {})},
+        pythonpath=pythonpath or (),
+    )
 
 
 def finish(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> Run:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.megatron import reference
-from tests.megatron.harness import MODEL, run
+from tests.megatron.harness import MODEL, Run, finish, run
+from tests.processes import start_ranks
 
 #: One step without dropout, so that layouts do not differ by their masks.
 ONE_STEP = MODEL.replace("dropout 0.1", "dropout 0.0").replace(
@@ -37,11 +39,17 @@ TOLERANCE = 1 / 16
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> reference.Reference:
-    folder = tmp_path_factory.mktemp("reference")
-    run(folder, "", every=1, model=ONE_STEP,
-        environment={"OBSERVED_FAULT": "canonical"}).expect_success()  # fmt: skip
-    batches = torch.load(folder / "batches.pt", weights_only=False)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One step on one process, whose micro-batches are those of all layouts."""
+    return run(
+        tmp_path_factory.mktemp("reference"), "", every=1, model=ONE_STEP,
+        environment={"OBSERVED_FAULT": "canonical"},
+    ).expect_success()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(alone: Run) -> reference.Reference:
+    batches = torch.load(alone.folder / "batches.pt", weights_only=False)
     batch = {
         key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")
     }
@@ -74,6 +82,19 @@ def test_critical_lr_is_the_reference_under_every_layout(
         expected.directional_sharpness, rel=1e-2
     )
     assert record["tokens"] == 8 * 32
+
+
+def test_megatron_and_fsdp2_measure_the_same(alone: Run, tmp_path: Path) -> None:
+    arguments = ["-m", "tests.megatron.fsdp2_twin", str(tmp_path), str(alone.folder / "batches.pt")]
+    finish(start_ranks(arguments, tmp_path, 2), tmp_path, 120.0).expect_success()
+    (megatron,) = alone.records
+    fsdp2 = json.loads((tmp_path / "fsdp2.jsonl").read_text())
+    assert fsdp2["status"] == "found"
+    assert fsdp2["tokens"] == megatron["tokens"]
+    assert fsdp2["loss"] == pytest.approx(megatron["loss"], rel=1e-6)
+    # Of the first Adam step, ĝ/|ĝ|, the order of a sum turns the sign where a gradient is next to 0.
+    for name in ("slope", "update_norm", "critical_lr", "critical_lr_lower", "critical_lr_upper"):
+        assert fsdp2[name] == pytest.approx(megatron[name], rel=1e-3), name
 
 
 def test_critical_lr_does_not_depend_on_how_muon_is_sharded(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +29,15 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from .gpt import GPT
+
+#: Where the layouts train: the CPU over gloo, or one GPU over NCCL.
+DEVICE = os.environ.get("LAYOUT_DEVICE", "cpu")
+COMPILER = "inductor" if DEVICE == "cuda" else "aot_eager"  # which needs no C++ compiler
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def fsdp1_no_shard(model: GPT) -> Wrapped:
             model,
             sharding_strategy=ShardingStrategy.NO_SHARD,
             use_orig_params=True,
-            device_id=torch.device("cpu"),
+            device_id=torch.device(DEVICE),
         )
     )
 
@@ -82,8 +88,9 @@ def fsdp2(**options: Any) -> Callable[[GPT], Wrapped]:
 
 
 def hsdp(model: GPT) -> Wrapped:
+    size = min(2, dist.get_world_size())
     mesh = init_device_mesh(
-        "cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard")
+        DEVICE, (size, dist.get_world_size() // size), mesh_dim_names=("replicate", "shard")
     )
     return fsdp2(mesh=mesh)(model)
 
@@ -122,13 +129,15 @@ def _tensor_parallel(model: GPT, mesh: Any) -> None:
 
 
 def tensor_parallel(model: GPT) -> Wrapped:
-    _tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    _tensor_parallel(model, init_device_mesh(DEVICE, (dist.get_world_size(),)))
     return Wrapped(model, 0, 1, repeats=dist.get_rank() > 0)
 
 
 def fsdp2_with_tensor_parallel(model: GPT) -> Wrapped:
-    size = dist.get_world_size() // 2
-    mesh = init_device_mesh("cpu", (size, 2), mesh_dim_names=("dp", "tp"))
+    size = max(1, dist.get_world_size() // 2)
+    mesh = init_device_mesh(
+        DEVICE, (size, dist.get_world_size() // size), mesh_dim_names=("dp", "tp")
+    )
     _tensor_parallel(model, mesh["tp"])
     called = fsdp2(mesh=mesh["dp"])(model).model
     return Wrapped(called, mesh.get_local_rank("dp"), size, mesh.get_local_rank("tp") > 0)
@@ -137,7 +146,7 @@ def fsdp2_with_tensor_parallel(model: GPT) -> Wrapped:
 def compiled(wrap: Callable[[GPT], Wrapped]) -> Callable[[GPT], Wrapped]:
     def wrap_and_compile(model: GPT) -> Wrapped:
         wrapped = wrap(model)
-        called = torch.compile(wrapped.model, backend="aot_eager")
+        called = torch.compile(wrapped.model, backend=COMPILER)
         return dataclasses.replace(wrapped, model=called)
 
     return wrap_and_compile
@@ -217,6 +226,7 @@ class Layout:
         scaled: whether the loss is scaled (fp16).
         closure: whether forward and backward run inside of ``optimizer.step``.
         steps_itself: whether the optimizers step in the backward pass.
+        attention: the one implementation of attention to use.
         options: of CriticalSharpness.
         mixed: whether the forward pass computes in bf16 without autocast.
     """
@@ -231,6 +241,7 @@ class Layout:
     scaled: bool = False
     closure: bool = False
     steps_itself: bool = False
+    attention: SDPBackend | None = None
     options: dict[str, Any] = field(default_factory=dict)
     mixed: bool = False
 
@@ -238,10 +249,14 @@ class Layout:
     def computes_in_low_precision(self) -> bool:
         return self.mixed or self.autocast is not None or self.parameters != torch.float32
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast("cpu", self.autocast)
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """The context of a forward pass."""
+        with (
+            torch.autocast(DEVICE, self.autocast, enabled=self.autocast is not None),
+            sdpa_kernel(self.attention or [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]),
+        ):
+            yield
 
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -281,7 +296,9 @@ DISTRIBUTED = {
     "fsdp2, never resharded": Layout(wrap=fsdp2(reshard_after_forward=False)),
     "fsdp2, accumulation": Layout(wrap=fsdp2(), micro_batches=2, clip=0.5),
     "fsdp2, bf16": Layout(wrap=fsdp2(mp_policy=BF16), mixed=True),
-    "fsdp2, cpu offload": Layout(wrap=fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False))),
+    "fsdp2, cpu offload": Layout(
+        wrap=fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=DEVICE == "cuda"))
+    ),
     "fsdp2, checkpointing": Layout(wrap=fsdp2(), checkpointed=True),
     "fsdp2, fused": Layout(wrap=fsdp2(), optimizers=adamw(fused=True)),
     "fsdp2, groups": Layout(wrap=fsdp2(), optimizers=groups),
@@ -292,4 +309,12 @@ DISTRIBUTED = {
     "tensor parallel": Layout(wrap=tensor_parallel),
     "fsdp2 × tensor parallel": Layout(wrap=fsdp2_with_tensor_parallel),
     "hsdp": Layout(wrap=hsdp, clip=0.5),
+}
+
+#: On one GPU, beside the others.
+GPU = {
+    "flash attention, bf16": Layout(autocast=torch.bfloat16, attention=SDPBackend.FLASH_ATTENTION),
+    "flash attention, bf16, compiled": Layout(
+        wrap=compiled(plain), autocast=torch.bfloat16, attention=SDPBackend.FLASH_ATTENTION
+    ),
 }

@@ -3,60 +3,55 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.megatron.harness import free_port
+from tests.processes import start_ranks
 
 from .layouts import DISTRIBUTED, SINGLE, Layout
 from .training import compare
 
-ROOT = Path(__file__).resolve().parents[2]
 
-Results = Callable[[str], list[dict[str, Any]]]
+class Ranks:
+    """Processes that go through all layouts once, and what they have found so far."""
+
+    def __init__(self, folder: Path, world: int, **environment: str) -> None:
+        self.folder, self.world = folder, world
+        self.processes = start_ranks(
+            ["-m", "tests.pytorch.training", str(folder)], folder, world, environment=environment
+        )
+
+    def wait(self, name: str) -> list[dict[str, Any]]:
+        """What each rank found for that layout."""
+        paths = [self.folder / f"{name} {rank}.json" for rank in range(self.world)]
+        while not all(path.exists() for path in paths):
+            ended = any(process.poll() is not None for process in self.processes)
+            if ended and not all(path.exists() for path in paths):
+                outputs = [p.read_text()[-2000:] for p in sorted(self.folder.glob("output*.txt"))]
+                pytest.fail(f"a rank has ended before {name!r}:\n" + "\n".join(outputs))
+            time.sleep(0.05)
+        found = [json.loads(path.read_text()) for path in paths]
+        for result in found:
+            assert "error" not in result, result["error"]
+        return found
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.wait()
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def results(
+def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Results]:
-    """What each rank found for a layout, from processes that go through all of them once."""
-    world = request.param
-    folder = tmp_path_factory.mktemp(f"world{world}")
-    port = str(free_port())
-    started = []
-    for rank in range(world):
-        env = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.pytorch.training", str(folder)]
-        with (folder / f"output{rank}.txt").open("wb") as output:
-            started.append(
-                subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
-            )
-
-    def wait(name: str) -> list[dict[str, Any]]:
-        paths = [folder / f"{name} {rank}.json" for rank in range(world)]
-        while not all(path.exists() for path in paths):
-            if any(process.poll() is not None for process in started) and not paths[0].exists():
-                time.sleep(1.0)
-                outputs = [p.read_text()[-2000:] for p in sorted(folder.glob("output*.txt"))]
-                pytest.fail(f"a rank has ended before {name!r}:\n" + "\n".join(outputs))
-            time.sleep(0.05)
-        return [json.loads(path.read_text()) for path in paths]
-
-    yield wait
-    for process in started:
-        process.terminate()
-        process.wait()
+) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks"), request.param)
+    yield started
+    started.stop()
 
 
 def check(layout: Layout, found: dict[str, Any]) -> None:
@@ -89,9 +84,8 @@ def test_on_one_process(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)
-def test_on_several_processes(name: str, results: Results) -> None:
-    ranks = results(name)
-    for found in ranks:
-        assert "error" not in found, found["error"]
+def test_on_several_processes(name: str, ranks: Ranks) -> None:
+    results = ranks.wait(name)
+    for found in results:
         check(DISTRIBUTED[name], found)
-        assert found["record"] | {"seconds": 0} == ranks[0]["record"] | {"seconds": 0}
+        assert found["record"] | {"seconds": 0} == results[0]["record"] | {"seconds": 0}

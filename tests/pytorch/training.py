@@ -23,7 +23,7 @@ from torch.func import functional_call
 from megatron_sharpness.pytorch import CriticalSharpness
 
 from .gpt import loss_sum, make_batch, make_gpt
-from .layouts import DISTRIBUTED, Layout
+from .layouts import DEVICE, DISTRIBUTED, GPU, SINGLE, Layout
 
 STEPS, EVERY = 4, 2
 
@@ -44,7 +44,7 @@ def train(
     """Train for a few steps; the schedule changes the learning rate at each."""
     random.seed(1)
     np.random.seed(1)
-    model = make_gpt(dropout, checkpointed=layout.checkpointed).to(layout.parameters)
+    model = make_gpt(dropout, checkpointed=layout.checkpointed).to(DEVICE, layout.parameters)
     wrapped = layout.wrap(model)
     called, data_rank, data_size = wrapped.model, wrapped.data_rank, wrapped.data_size
     optimizers = layout.optimizers(called)
@@ -52,14 +52,17 @@ def train(
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.3 * step))
         for optimizer in optimizers
     ]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=layout.scaled)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**8, enabled=layout.scaled)
     torch.manual_seed(100 + data_rank)
     sharpness = CriticalSharpness(called, optimizers, every, **layout.options) if every else None
     losses, records, weights = [], [], []
     for step in range(steps):
         if keep_weights:
             weights.append(whole_weights(model))
-        batches = [make_batch(step, i, data_rank) for i in range(layout.micro_batches)]
+        batches = [
+            tuple(tensor.to(DEVICE) for tensor in make_batch(step, i, data_rank))
+            for i in range(layout.micro_batches)
+        ]
         total = sum(
             int(make_batch(step, i, rank)[1].ge(0).sum())
             for i in range(layout.micro_batches)
@@ -67,16 +70,16 @@ def train(
         )
 
         def evaluate() -> tuple[Tensor, int]:
-            with layout.precision():
+            with layout.forward():
                 pairs = [loss_sum(called, batch) for batch in batches]  # noqa: B023
             if wrapped.repeats:
                 return torch.zeros(()), 0
             return torch.stack([loss for loss, _ in pairs]).sum(), sum(int(n) for _, n in pairs)
 
         def backward() -> Tensor:
-            summed = torch.zeros(())
+            summed = torch.zeros((), device=DEVICE)
             for batch in batches:  # noqa: B023
-                with layout.precision():
+                with layout.forward():
                     loss, _ = loss_sum(called, batch)
                 # Gradients are averaged over the data-parallel ranks.
                 scaler.scale(loss * data_size / total).backward()  # type: ignore[no-untyped-call]  # noqa: B023
@@ -117,13 +120,21 @@ def train(
             if isinstance(value, Tensor)
         ),
         "random": digest(
-            [torch.get_rng_state(), torch.tensor([random.random(), float(np.random.rand())])]
+            [
+                torch.get_rng_state(),
+                device_random_state(),
+                torch.tensor([random.random(), float(np.random.rand())]),
+            ]
         ),
         "losses": digest(losses),
         "scaler": str(scaler.state_dict()),
         "modes": str([module.training for module in called.modules()]),
     }
     return Trained(hashes, records, weights, data_size)
+
+
+def device_random_state() -> Tensor:
+    return torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.empty(0)
 
 
 def digest(tensors: Any) -> str:
@@ -133,7 +144,7 @@ def digest(tensors: Any) -> str:
         held = held.to_local() if isinstance(held, DTensor) else held
         found.update(
             str(held.shape).encode()
-            + held.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            + held.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         )
     return found.hexdigest()
 
@@ -143,7 +154,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        found[name] = whole.detach().clone()
+        found[name] = whole.detach().cpu().clone()
     return found
 
 
@@ -241,8 +252,14 @@ def compare(layout: Layout) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """One rank: every layout in turn, and what it found in a file for each."""
     rank = os.environ["RANK"]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for name, layout in DISTRIBUTED.items():
+    if DEVICE == "cuda":
+        torch.use_deterministic_algorithms(True)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=60))
+        layouts = SINGLE | DISTRIBUTED | GPU
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        layouts = DISTRIBUTED
+    for name, layout in layouts.items():
         try:
             found = compare(layout)
         except BaseException:
@@ -250,7 +267,7 @@ def main(folder: Path) -> None:
         partial = folder / f"{rank}.partial"
         partial.write_text(json.dumps(found))
         partial.rename(folder / f"{name} {rank}.json")
-        if "error" in found:
+        if "error" in found and dist.get_world_size() > 1:
             os._exit(1)  # the other ranks may wait in a collective
     dist.destroy_process_group()
 
