@@ -131,7 +131,9 @@ class ObservedStep:
         decrease, squared_update, squared_gradient = products.tolist()
         if squared_update == 0.0:  # a fused optimizer under loss scaling decides on the device
             return dataclasses.replace(seen, skipped=True)
-        clipped = 1.0 if grad_norm is None else math.sqrt(squared_gradient) / _number(grad_norm)
+        clip = 1.0
+        if grad_norm is not None and 0.0 < (norm := _number(grad_norm)) < math.inf:
+            clip = math.sqrt(squared_gradient) / norm
         try:
             loss, tokens = loss_at(0.0)
         except ProbeError as caught:
@@ -140,7 +142,7 @@ class ObservedStep:
             seen,
             training_loss=loss,
             tokens=tokens,
-            slope=decrease / lr / clipped,
+            slope=decrease / lr / clip if clip else 0.0,
             update_norm=math.sqrt(squared_update) / lr,
         )
 

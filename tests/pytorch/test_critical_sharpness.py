@@ -152,6 +152,16 @@ def test_no_learning_rate_and_no_update_are_statuses() -> None:
     assert loop.evaluations == 0
 
 
+@pytest.mark.parametrize("norm", [0.0, math.nan])
+def test_gradients_of_no_norm_are_no_error(norm: float) -> None:
+    loop = Loop(every=1)
+    loss, _ = loop.evaluate(0)
+    (0.0 * loss).backward()
+    loop.optimizer.step()  # weight decay alone
+    record = loop.sharpness.after_step(0, lambda: loop.evaluate(0), grad_norm=norm)
+    assert record is not None and record.slope == 0.0 and record.status != "failed"
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_overflow_under_loss_scaling_is_a_skipped_step(fused: bool) -> None:
     model = nn.Linear(4, 1)

@@ -1,0 +1,324 @@
+"""Trains a tiny OLMo-2 with the ``Trainer``, without and with measurement, and writes what it saw.
+
+Started by ``test_hf.py``, one process a rank: ``python -m tests.trainers.hf_worker FOLDER``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.distributed import DistributedConfig
+
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.pytorch.hf import CriticalSharpnessCallback
+
+CONFIG = Olmo2Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    attention_dropout=0.1,
+    pad_token_id=0,
+    eos_token_id=1,
+    use_cache=False,
+)
+STEPS = 8
+
+
+def dataset() -> list[dict[str, Tensor]]:
+    """Sequences in which a token predicts the next; every one with another number of labels."""
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(96):
+        start = torch.randint(1, 64, (1,), generator=generator)
+        tokens = (start + 3 * torch.arange(16)) % 63 + 1
+        labels = tokens.clone()
+        labels[: 1 + index % 7] = -100
+        examples.append({"input_ids": tokens, "labels": labels})
+    return examples
+
+
+class Records(list[Measurement]):
+    """A sink."""
+
+    def write(self, measurement: Measurement) -> None:
+        self.append(measurement)
+
+
+class TrainerThatAverages(Trainer):
+    """Appends to its logs what has gathered since the last ones, as TRL's trainers do."""
+
+    seen = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen += 1
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs | {"micro_batches": float(self.seen)}, *args, **kwargs)
+        self.seen = 0
+
+
+class Witness(TrainerCallback):
+    """Keeps what it takes to evaluate each step's loss anew, without the package."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.model = model
+        model.register_forward_pre_hook(self.keep, with_kwargs=True)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.passes: list[Any] = []
+
+    def keep(self, _: Any, __: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            self.passes.append((kwargs["input_ids"], kwargs["labels"], torch.get_rng_state()))
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        lr = optimizer.param_groups[0]["lr"]
+        self.steps.append({"before": whole(self.model), "lr": lr, "passes": self.passes})
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.steps[-1]["after"] = whole(self.model)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def losses_anew(step: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
+    """L(θ), L(lower), L(upper) and ⟨g, Δθ⟩, from the definitions."""
+    model = Olmo2ForCausalLM(copy.deepcopy(CONFIG)).train()
+    update = {
+        name: (start - step["after"][name]) / step["lr"] for name, start in step["before"].items()
+    }
+
+    def sums(eta: float, backward: bool = False) -> list[float]:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(step["before"][name] - eta * update[name])
+        total, tokens = 0.0, 0
+        for input_ids, labels, random_state in step["passes"]:
+            torch.set_rng_state(random_state)
+            logits = model(input_ids=input_ids).logits[:, :-1].float()
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            if backward:
+                loss.backward()
+            total += loss.item()
+            tokens += int(labels[:, 1:].ne(-100).sum())
+        return [total, tokens]
+
+    state = torch.get_rng_state()
+    loss, tokens = reduced(sums(0.0, backward=True))
+    slope = sum(float((p.grad * update[name]).sum()) for name, p in model.named_parameters())
+    anew = {"loss": loss / tokens, "tokens": tokens, "slope": reduced([slope])[0] / tokens}
+    for end in ("lower", "upper"):
+        anew[end] = reduced(sums(record[f"critical_lr_{end}"]))[0] / tokens
+    torch.set_rng_state(state)
+    return anew
+
+
+def reduced(values: list[float]) -> list[float]:
+    sums = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def digest(trainer: Trainer) -> dict[str, str]:
+    """Hashes of what training ends with, on this rank."""
+
+    def hashed(values: Any) -> str:
+        sha = hashlib.sha256()
+        for value in values:
+            if isinstance(value, Tensor):
+                value = value.to_local() if isinstance(value, DTensor) else value
+                value = value.detach().numpy().tobytes()
+            sha.update(value if isinstance(value, bytes) else repr(value).encode())
+        return sha.hexdigest()
+
+    optimizer = trainer.optimizer.state_dict()["state"]
+    return {
+        "parameters": hashed(trainer.model.parameters()),
+        "optimizer": hashed(entry for state in optimizer.values() for entry in state.values()),
+        "random": hashed([torch.get_rng_state(), random.getstate(), str(np.random.get_state())]),
+    }
+
+
+def hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
+    return [
+        len(model._forward_pre_hooks),
+        len(optimizer._optimizer_step_pre_hooks),
+        len(optimizer._optimizer_step_post_hooks),
+    ]
+
+
+class Runs:
+    def __init__(self, folder: Path, layout: str) -> None:
+        self.folder, self.layout = folder, layout
+        self.data = dataset()
+
+    def model(self) -> Olmo2ForCausalLM:
+        torch.manual_seed(0)
+        if self.layout != "fsdp2":
+            return Olmo2ForCausalLM(copy.deepcopy(CONFIG))
+        # Transformers shards a model that it loads, and does so on the CPU; accelerate does not.
+        weights = self.folder / "weights"
+        if dist.get_rank() == 0:
+            Olmo2ForCausalLM(copy.deepcopy(CONFIG)).save_pretrained(weights)
+        dist.barrier()
+        return Olmo2ForCausalLM.from_pretrained(
+            weights, distributed_config=DistributedConfig(fsdp_size=2)
+        )
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        every: int = 0,
+        accumulate: int = 1,
+        witness: bool = False,
+        resume: Path | None = None,
+        trainer_class: type[Trainer] = Trainer,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        output = self.folder / name
+        args = TrainingArguments(
+            **{
+                "output_dir": str(output),
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": accumulate,
+                "max_steps": STEPS,
+                "learning_rate": 3e-3,
+                "weight_decay": 0.1,
+                "max_grad_norm": 0.5,
+                "logging_steps": 1,
+                "report_to": "tensorboard",
+                "save_strategy": "no",
+                "eval_strategy": "steps",
+                "eval_steps": 3,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "seed": 3,
+                **arguments,
+            }
+        )
+        trainer = trainer_class(
+            self.model(), args, train_dataset=self.data, eval_dataset=self.data[:8]
+        )
+        seen, records = Witness(), Records()
+        if witness:
+            trainer.add_callback(seen)
+        if every:
+            trainer.add_callback(CriticalSharpnessCallback(trainer, every=every, sinks=[records]))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        result = {
+            "digest": digest(trainer),
+            "logs": trainer.state.log_history,
+            "records": [dataclasses.asdict(record) for record in records],
+            "output": str(output),
+            "hooks": hooks(trainer.model_wrapped, trainer.optimizer.optimizer),
+        }
+        if witness:
+            gathered = [result["records"]]
+            if dist.is_initialized():
+                dist.broadcast_object_list(gathered)
+            result["anew"] = [
+                losses_anew(seen.steps[record["iteration"] - 1], record) for record in gathered[0]
+            ]
+        return result
+
+
+def refusals(runs: Runs) -> list[str]:
+    reasons = []
+    args = TrainingArguments(str(runs.folder), use_cpu=True, report_to="none")
+    smoothed = TrainingArguments(
+        str(runs.folder), use_cpu=True, report_to="none", label_smoothing_factor=0.1
+    )
+
+    class MeanLoss(Olmo2ForCausalLM):
+        accepts_loss_kwargs = False
+
+    for trainer in (
+        Trainer(runs.model(), smoothed),
+        Trainer(runs.model(), args, compute_loss_func=lambda *_, **__: None),
+        Trainer(MeanLoss(copy.deepcopy(CONFIG)), args),
+    ):
+        try:
+            CriticalSharpnessCallback(trainer)
+        except InputError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def without_and_with(runs: Runs) -> dict[str, Any]:
+    return {
+        "off": runs("off", accumulate=2),
+        "on": runs("on", accumulate=2, every=2, witness=True),
+    }
+
+
+def alone(folder: Path) -> dict[str, Any]:
+    runs = Runs(folder, "single")
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    averages = {"logging_steps": 3, "trainer_class": TrainerThatAverages}
+    results = without_and_with(runs) | {
+        "refusals": refusals(runs),
+        "averages off": runs("averages off", **averages),
+        "averages on": runs("averages on", **averages, every=2),
+        "ended armed": runs("ended armed", every=3),
+        "saved off": runs("saved off", **saving),
+        "saved": runs("saved", **saving, every=2),
+    }
+    for name, start, arguments in (
+        ("resumed", "saved", {}),
+        ("resumed callbacks", "saved", {"restore_callback_states_from_checkpoint": True}),
+        ("resumed from without", "saved off", {"save_strategy": "steps", "save_steps": 6}),
+    ):
+        results[name] = runs(name, every=2, resume=folder / start / "checkpoint-5", **arguments)
+    return results
+
+
+def main(folder: Path) -> None:
+    if "RANK" not in os.environ:
+        (folder / "rank0.json").write_text(json.dumps({"single": alone(folder)}))
+        return
+    dist.init_process_group("gloo")
+    results = {
+        layout: without_and_with(Runs(folder / layout, layout)) for layout in ("ddp", "fsdp2")
+    }
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,164 @@
+"""The callback of Hugging Face's ``Trainer``: same training, right numbers, the trainer's logs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
+    pytest.skip(
+        "transformers and accelerate are not installed: pip install megatron-sharpness[hf]",
+        allow_module_level=True,
+    )
+
+REPOSITORY = Path(__file__).parents[2]
+DUE = [2, 4, 6, 8]
+LOGGED = {
+    "critical_sharpness",
+    "critical_learning_rate",
+    "learning_rate_over_critical",
+    "directional_sharpness",
+    "edge_of_stability",
+    "critical_sharpness_evaluations",
+    "critical_sharpness_seconds",
+}
+
+
+def run(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """What each rank of ``hf_worker`` saw."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            *("-m", "tests.trainers.hf_worker", str(folder)),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("pair"), 2)
+
+
+@pytest.fixture(params=["single", "ddp", "fsdp2"])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    fixture = "alone" if request.param == "single" else "pair"
+    return [rank[request.param] for rank in request.getfixturevalue(fixture)]
+
+
+def of_training(logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The logs without what this package adds and without times."""
+    return [
+        {key: value for key, value in entry.items() if "runtime" not in key and "second" not in key}
+        for entry in logs
+        if not LOGGED & entry.keys()
+    ]
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "seconds": None} for record in records]
+
+
+def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["on"]["digest"] == rank["off"]["digest"]
+        assert of_training(rank["on"]["logs"]) == of_training(rank["off"]["logs"])
+        assert sum("loss" in entry for entry in rank["off"]["logs"]) == 8
+
+
+def test_records_agree_with_the_definitions(ranks: list[dict[str, Any]]) -> None:
+    records = ranks[0]["on"]["records"]
+    assert [record["iteration"] for record in records] == DUE
+    assert not any(rank["on"]["records"] for rank in ranks[1:])
+    for record, anew in zip(records, ranks[0]["on"]["anew"], strict=True):
+        assert record["status"] == "found"
+        assert record["tokens"] == anew["tokens"]
+        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
+        assert record["slope"] == pytest.approx(anew["slope"], rel=1e-5)
+        assert anew["lower"] <= anew["loss"] < anew["upper"]
+        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
+
+
+def test_every_rank_logs_the_same(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        logged = [entry for entry in rank["on"]["logs"] if "critical_sharpness" in entry]
+        assert [entry["step"] for entry in logged] == DUE
+        for entry, record in zip(logged, ranks[0]["on"]["records"], strict=True):
+            assert entry.keys() == LOGGED | {"epoch", "step"}
+            assert entry["critical_sharpness"] == record["critical_sharpness"]
+            assert entry["critical_learning_rate"] == record["critical_lr"]
+
+
+def test_curves_are_in_tensorboard(alone: list[dict[str, Any]]) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
+    result = alone[0]["single"]["on"]
+    (events,) = Path(result["output"]).rglob("events.out.tfevents*")
+    reader = event_accumulator.EventAccumulator(str(events))
+    reader.Reload()
+    assert {f"train/{key}" for key in LOGGED} <= set(reader.Tags()["scalars"])
+    curve = reader.Scalars("train/critical_sharpness")
+    assert [point.step for point in curve] == DUE
+    assert [point.value for point in curve] == pytest.approx(
+        [record["critical_sharpness"] for record in result["records"]]
+    )
+
+
+def test_logs_of_a_trainer_that_gathers_are_the_same(alone: list[dict[str, Any]]) -> None:
+    """TRL's trainers add to ``log`` what has gathered since it was called last."""
+    runs = alone[0]["single"]
+    assert of_training(runs["averages on"]["logs"]) == of_training(runs["averages off"]["logs"])
+    assert any(entry.get("micro_batches") == 3.0 for entry in runs["averages off"]["logs"])
+
+
+def test_nothing_is_left_behind(alone: list[dict[str, Any]]) -> None:
+    """Not even where the step after the last one would have been measured."""
+    runs = alone[0]["single"]
+    assert runs["ended armed"]["hooks"] == runs["saved off"]["hooks"]
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed callbacks"])
+def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]], name: str) -> None:
+    runs = alone[0]["single"]
+    assert untimed(runs[name]["records"]) == untimed(runs["saved"]["records"])[2:]
+    assert runs[name]["digest"] == runs["saved"]["digest"] == runs["saved off"]["digest"]
+
+
+def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    records = runs["resumed from without"]["records"]
+    assert [(record["iteration"], record["status"]) for record in records] == [
+        (6, "found"),
+        (8, "found"),
+    ]
+    # Its first search starts elsewhere, which the tests above would not see otherwise.
+    assert untimed(records) != untimed(runs["saved"]["records"])[2:]
+
+
+def test_losses_that_are_not_the_model_s_are_refused(alone: list[dict[str, Any]]) -> None:
+    smoothing, function, mean = alone[0]["single"]["refusals"]
+    assert "label_smoothing_factor" in smoothing and "in the model's forward" in smoothing
+    assert "compute_loss_func" in function
+    assert "num_items_in_batch" in mean

@@ -1,0 +1,159 @@
+"""The callback of Lightning's ``Trainer``: same training, right numbers, Lightning's loggers."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if not importlib.util.find_spec("lightning"):
+    pytest.skip(
+        "lightning is not installed: pip install megatron-sharpness[lightning]",
+        allow_module_level=True,
+    )
+
+REPOSITORY = Path(__file__).parents[2]
+DUE = [2, 4, 6, 8]
+LOGGED = {
+    "critical_sharpness",
+    "critical_learning_rate",
+    "learning_rate_over_critical",
+    "directional_sharpness",
+    "edge_of_stability",
+    "critical_sharpness_evaluations",
+    "critical_sharpness_seconds",
+}
+
+
+def run(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """What each rank of ``lightning_worker`` saw."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            *("-m", "tests.trainers.lightning_worker", str(folder)),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("pair"), 2)
+
+
+@pytest.fixture(params=["single", "autocast", "ddp", "fsdp2"])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    fixture = "pair" if request.param in ("ddp", "fsdp2") else "alone"
+    return [rank[request.param] for rank in request.getfixturevalue(fixture)]
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """What the CSV logger has written, without empty cells."""
+    with Path(result["output"], "metrics.csv").open() as file:
+        return [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "seconds": None} for record in records]
+
+
+def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["on"]["digest"] == rank["off"]["digest"]
+    added = [row for row in rows(ranks[0]["on"]) if LOGGED & row.keys()]
+    assert [row for row in rows(ranks[0]["on"]) if row not in added] == rows(ranks[0]["off"])
+    assert any("train_loss" in row for row in rows(ranks[0]["off"]))
+
+
+def test_records_agree_with_the_definitions(ranks: list[dict[str, Any]]) -> None:
+    records = ranks[0]["on"]["records"]
+    assert [record["iteration"] for record in records] == DUE
+    assert not any(rank["on"]["records"] for rank in ranks[1:])
+    for record, anew in zip(records, ranks[0]["on"]["anew"], strict=True):
+        assert record["status"] == "found"
+        assert record["tokens"] == anew["tokens"]
+        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
+        assert record["slope"] == pytest.approx(anew["slope"], rel=1e-5)
+        assert anew["lower"] <= anew["loss"] < anew["upper"]
+        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
+
+
+def test_the_replay_is_in_the_trainer_s_precision(alone: list[dict[str, Any]]) -> None:
+    """The two would agree with their definitions too if neither were in bf16."""
+    losses = [
+        [record["loss"] for record in alone[0][name]["on"]["records"]]
+        for name in ("single", "autocast")
+    ]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def test_all_loggers_have_the_curves(alone: list[dict[str, Any]]) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
+    result = alone[0]["single"]["on"]
+    measured = [record["critical_sharpness"] for record in result["records"]]
+    # Lightning counts from 0, and writes its own metrics after every third step only.
+    steps = [step - 1 for step in DUE]
+    logged = [row for row in rows(result) if "critical_sharpness" in row]
+    assert [int(row["step"]) for row in logged] == steps
+    assert [float(row["critical_sharpness"]) for row in logged] == measured
+    assert logged[0].keys() == LOGGED | {"step"}
+    (events,) = Path(result["output"]).rglob("events.out.tfevents*")
+    reader = event_accumulator.EventAccumulator(str(events))
+    reader.Reload()
+    assert set(reader.Tags()["scalars"]) >= LOGGED
+    curve = reader.Scalars("critical_sharpness")
+    assert [point.step for point in curve] == steps
+    assert [point.value for point in curve] == pytest.approx(measured)
+
+
+def test_nothing_is_left_behind(alone: list[dict[str, Any]]) -> None:
+    """Not even where the step after the last one would have been measured."""
+    runs = alone[0]["single"]
+    assert runs["ended armed"]["hooks"] == runs["saved off"]["hooks"]
+
+
+def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    assert untimed(runs["resumed"]["records"]) == untimed(runs["saved"]["records"])[2:]
+    parameters = {runs[name]["digest"]["parameters"] for name in ("saved off", "saved", "resumed")}
+    assert len(parameters) == 1
+
+
+def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    records = runs["resumed from without"]["records"]
+    assert [(record["iteration"], record["status"]) for record in records] == [
+        (6, "found"),
+        (8, "found"),
+    ]
+    # Its first search starts elsewhere, which the test above would not see otherwise.
+    assert untimed(records) != untimed(runs["saved"]["records"])[2:]
+
+
+def test_what_cannot_be_measured_is_refused(alone: list[dict[str, Any]]) -> None:
+    manual, value = alone[0]["single"]["refusals"]
+    assert "automatic_optimization=False" in manual
+    assert "gradient_clip_algorithm='value'" in value
