@@ -11,12 +11,27 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./launch/environment.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
+# install_beside FOLDER ARGUMENTS: what cannot share an environment with the rest, once
+install_beside() {
+    local folder="$1" partial="$1.$$"
+    shift
+    [[ -d "$folder" ]] && return
+    python -m pip install --quiet --disable-pip-version-check --no-deps --target "$partial" "$@"
+    mv "$partial" "$folder"
+}
+
 export MEGATRON_CORE_OTHER="$PWD/.venv/megatron-core-$OTHER_MEGATRON_CORE"
-if [[ ! -d "$MEGATRON_CORE_OTHER" ]]; then
-    partial="$MEGATRON_CORE_OTHER.$$"
-    python -m pip install --no-deps --target "$partial" "megatron-core==$OTHER_MEGATRON_CORE"
-    mv "$partial" "$MEGATRON_CORE_OTHER"
-fi
+install_beside "$MEGATRON_CORE_OTHER" "megatron-core==$OTHER_MEGATRON_CORE"
+
+export TRAINER_FRAMEWORKS="$PWD/.venv/frameworks"
+mkdir -p "$TRAINER_FRAMEWORKS"
+for pins in launch/frameworks/*.txt; do
+    name="$(basename "$pins" .txt)"
+    folder="$TRAINER_FRAMEWORKS/$name-$(sha256sum "$pins" | head -c 8)"
+    [[ -d "$folder" ]] || echo "installing $name for its tests" >&2
+    install_beside "$folder" --requirement "$pins"
+    ln -sfn "$folder" "$TRAINER_FRAMEWORKS/$name"
+done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0

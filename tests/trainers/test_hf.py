@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
-    pytest.skip(
-        "transformers and accelerate are not installed: pip install megatron-sharpness[hf]",
-        allow_module_level=True,
-    )
+from .harness import require, worker_fixture
 
-REPOSITORY = Path(__file__).parents[2]
+PATHS = require("hf", "transformers")
+alone = worker_fixture("hf_worker", "alone", 0, PATHS)
+pair = worker_fixture("hf_worker", "pair", 2, PATHS)
+
 DUE = [2, 4, 6, 8]
 LOGGED = {
     "critical_sharpness",
@@ -29,35 +23,6 @@ LOGGED = {
     "critical_sharpness_evaluations",
     "critical_sharpness_seconds",
 }
-
-
-def run(folder: Path, processes: int) -> list[dict[str, Any]]:
-    """What each rank of ``hf_worker`` saw."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(launcher if processes > 1 else []),
-            *("-m", "tests.trainers.hf_worker", str(folder)),
-        ],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("alone"), 1)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("pair"), 2)
 
 
 @pytest.fixture(params=["single", "ddp", "fsdp2"])

@@ -1,0 +1,161 @@
+"""Critical sharpness in the ``Trainer`` of torchtitan."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink
+
+try:
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.tools.logging import logger
+    from torchtitan.trainer import Trainer
+except ImportError as error:
+    raise ImportError(
+        f"megatron_sharpness.pytorch.torchtitan needs torchtitan ({error}); "
+        "pip install megatron-sharpness[torchtitan]"
+    ) from error
+
+
+@dataclass(kw_only=True, slots=True)
+class CriticalSharpnessConfig:
+    """What to measure, and how; see :class:`~megatron_sharpness.meter.Settings`."""
+
+    every: int = 0
+    """Measure after the steps that this number divides. 0 means off."""
+
+    mode: Literal["train", "eval"] = "train"
+    """With the step's own dropout masks, or without dropout."""
+
+    offload: Literal["none", "cpu"] = "none"
+    """Whether the copies of the parameters are kept in host memory."""
+
+    method: Literal["certified", "bisection"] = "certified"
+    """The line search; ``bisection`` is the paper's."""
+
+    tolerance: float = 1 / 16
+    """Width |1 - lower/upper| of the bracket around the critical learning rate."""
+
+    initial_guess: float | None = None
+    """Where the very first search starts. By default the step's own learning rate."""
+
+    max_evaluations: int = 40
+    """Most forward passes that one search may spend."""
+
+    on_error: Literal["warn", "raise"] = "warn"
+    """What a failed measurement does to the run."""
+
+
+class CriticalSharpnessTrainer(Trainer):
+    """A ``Trainer`` that measures critical sharpness λ_c = 2/η_c (Def. 2.1).
+
+    L is ``loss_metrics/global_avg_loss``. The curves are named
+    ``sharpness_metrics/critical_sharpness``, …; the records go to ``critical_sharpness.jsonl`` in
+    the ``dump_folder``. With ``every`` = 0 it trains as ``Trainer`` does, by the same code.
+
+    Raises:
+        InputError: the configuration cannot be measured with; the message names the flag.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        critical_sharpness: CriticalSharpnessConfig = field(default_factory=CriticalSharpnessConfig)
+
+    def __init__(self, config: Config) -> None:
+        if config.critical_sharpness.every:
+            _refuse_unsupported(config)
+        super().__init__(config)
+        self.sharpness: CriticalSharpness | None = None
+        self._passes: list[tuple[Any, ...]] = []
+        self._grad_norm: torch.Tensor | None = None
+        if not config.critical_sharpness.every:
+            return
+        log = os.path.join(config.dump_folder, "critical_sharpness.jsonl")
+        self.sharpness = CriticalSharpness(
+            self.model_parts[0],
+            self.optimizers.optimizers,
+            sinks=[ConsoleSink(logger.info), JsonLinesSink(log)],
+            **asdict(config.critical_sharpness),
+        )
+        if self.checkpointer.enable:
+            self.checkpointer.states["critical_sharpness"] = self.sharpness
+
+    def train_step(self, data_iterator: Iterator[Any]) -> None:
+        if self.sharpness is None:
+            super().train_step(data_iterator)
+            return
+        with self._keeping_grad_norm():
+            super().train_step(data_iterator)
+        record = self.sharpness.after_step(
+            self.step, self._loss_sum_and_tokens, grad_norm=self._grad_norm
+        )
+        self._passes, self._grad_norm = [], None
+        if record is not None:
+            self.metrics_processor.logger.log(
+                {
+                    f"sharpness_metrics/{tag.replace('-', '_')}": value
+                    for tag, value in record.scalars().items()
+                },
+                self.step,
+            )
+
+    def _forward_backward_body(
+        self, inputs: Any, labels: Any, global_valid_tokens: Any, extra_kwargs: dict[str, Any]
+    ) -> Any:
+        if self.sharpness is not None and self.sharpness.armed:
+            self._passes.append((inputs, labels, global_valid_tokens, extra_kwargs))
+        return super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
+
+    @contextlib.contextmanager
+    def _keeping_grad_norm(self) -> Iterator[None]:
+        """``train_step`` hands the norm on at steps that are logged only."""
+        clip_grad_norm = dist_utils.clip_grad_norm_
+
+        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
+            self._grad_norm = clip_grad_norm(*args, **kwargs)
+            return self._grad_norm
+
+        dist_utils.clip_grad_norm_ = clip_and_keep
+        try:
+            yield
+        finally:
+            dist_utils.clip_grad_norm_ = clip_grad_norm
+
+    def _loss_sum_and_tokens(self) -> tuple[float, float]:
+        """The first half of ``_forward_backward_body``, for the micro-batches of the step."""
+        loss, tokens = 0.0, 0.0
+        for inputs, labels, global_valid_tokens, extra_kwargs in self._passes:
+            tokens = float(global_valid_tokens)
+            with self.train_context():
+                predictions = self.model_parts[0](inputs, **extra_kwargs)
+                positions = {k: v for k, v in extra_kwargs.items() if k == "positions"}
+                part, _ = self.loss_fn(predictions, labels, global_valid_tokens, **positions)
+            loss += dist_utils.dist_sum(part) * tokens
+        dims = self.parallel_dims
+        # Tensor-parallel ranks have the same loss, and each of them is added.
+        losses = dims.dp_replicate * dims.dp_shard * dims.cp
+        return loss * losses / dims.world_size, tokens / dims.world_size
+
+
+def _refuse_unsupported(config: Any) -> None:
+    reasons = {
+        "--training.disable_cuda_graphs is not set: a replayed CUDA graph runs no hooks, which "
+        "the measurement needs; set it": not config.training.disable_cuda_graphs,
+        "--parallelism.pipeline_parallel_degree: the passes of a pipeline schedule have not been "
+        "made to replay; set it to 1": config.parallelism.pipeline_parallel_degree > 1,
+        "--parallelism.context_parallel_degree: measuring under context parallelism has not been "
+        "tried; set it to 1": config.parallelism.context_parallel_degree > 1,
+        "--parallelism.expert_parallel_degree: measuring under expert parallelism has not been "
+        "tried; set it to 1": config.parallelism.expert_parallel_degree > 1,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InputError(f"{reason}, or train without measuring: --critical_sharpness.every 0")

@@ -1,0 +1,83 @@
+"""Workers that train in the real frameworks, each framework in a folder of its own.
+
+Their requirements contradict each other. ``TRAINER_FRAMEWORKS`` names a folder with one for each,
+as ``launch/test.sh`` makes it from ``launch/frameworks/*.txt``; without it they are imported from
+the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import ROOT, start_ranks
+
+#: What each rank wrote, for ``processes`` of them; 0 is a script without a launcher.
+Ranks = list[dict[str, Any]]
+
+
+def require(name: str, package: str) -> list[str]:
+    """The paths to import ``package`` from; skips the module where it is in none.
+
+    Args:
+        name: of the framework: the extra that installs it, and its folder.
+        package: that is imported.
+    """
+    if folders := os.environ.get("TRAINER_FRAMEWORKS"):
+        folder = Path(folders, name)
+        if (folder / package).is_dir():
+            return [str(folder)]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(
+            f"{package} is not installed: pip install megatron-sharpness[{name}]",
+            allow_module_level=True,
+        )
+    return []
+
+
+def run(worker: str, folder: Path, processes: int, paths: list[str]) -> Ranks:
+    """What each rank of ``tests.trainers.<worker>`` wrote; 0 ranks: one, without a launcher."""
+    arguments = ["-m", f"tests.trainers.{worker}", str(folder)]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "TORCHELASTIC_RUN_ID": "test"}
+    if processes:
+        started = start_ranks(
+            arguments, folder, processes, environment=environment, pythonpath=paths
+        )
+    else:
+        search = os.pathsep.join([str(ROOT), *paths])
+        with (folder / "output0.txt").open("wb") as output:
+            started = [
+                subprocess.Popen(
+                    [sys.executable, "-W", "ignore", *arguments],
+                    env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": search},
+                    stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+                )
+            ]  # fmt: skip
+    try:
+        codes = [process.wait(timeout=280) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    outputs = [path.read_text(errors="replace") for path in sorted(folder.glob("output*.txt"))]
+    assert not any(codes), "\n".join(output[-4000:] for output in outputs)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(len(started))]
+
+
+def worker_fixture(
+    worker: str, name: str, processes: int, paths: list[str]
+) -> Callable[..., Ranks]:
+    """A fixture of the module that runs a worker once."""
+
+    @pytest.fixture(scope="module", name=name)
+    def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+        return run(worker, tmp_path_factory.mktemp(name), processes, paths)
+
+    return ranks

@@ -1,0 +1,117 @@
+"""torchtitan's trainer, measuring: same training, right numbers, torchtitan's curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .harness import require, worker_fixture
+
+PATHS = require("torchtitan", "torchtitan")
+alone = worker_fixture("torchtitan_worker", "alone", 1, PATHS)
+pair = worker_fixture("torchtitan_worker", "pair", 2, PATHS)
+
+DUE = [2, 4, 6]
+LOGGED = {
+    "sharpness_metrics/critical_sharpness",
+    "sharpness_metrics/critical_learning_rate",
+    "sharpness_metrics/learning_rate_over_critical",
+    "sharpness_metrics/directional_sharpness",
+    "sharpness_metrics/edge_of_stability",
+    "sharpness_metrics/critical_sharpness_evaluations",
+    "sharpness_metrics/critical_sharpness_seconds",
+}
+TIMES = ("throughput", "tflops", "time_metrics/", "mfu")
+
+
+@pytest.fixture(params=["single", "fsdp", "tp"])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    fixture = "alone" if request.param == "single" else "pair"
+    return [rank[request.param] for rank in request.getfixturevalue(fixture)]
+
+
+def of_training(curves: dict[str, Any]) -> dict[str, Any]:
+    """The curves without what this package adds and without times."""
+    return {
+        tag: points
+        for tag, points in curves.items()
+        if tag not in LOGGED and not tag.startswith(TIMES)
+    }
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**record, "seconds": None} for record in records]
+
+
+def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["off"]["class"] == "Trainer"
+        assert rank["on"]["class"] == "CriticalSharpnessTrainer"
+        assert rank["on"]["digest"] == rank["off"]["digest"]
+        assert of_training(rank["on"]["curves"]) == of_training(rank["off"]["curves"])
+        assert "loss_metrics/global_avg_loss" in rank["off"]["curves"]
+
+
+@pytest.mark.parametrize("layout", ["single", "fsdp"])
+def test_records_agree_with_the_definitions(request: pytest.FixtureRequest, layout: str) -> None:
+    result = request.getfixturevalue("alone" if layout == "single" else "pair")[0][layout]["on"]
+    assert [record["iteration"] for record in result["records"]] == DUE
+    for record, anew in zip(result["records"], result["anew"], strict=True):
+        assert record["status"] == "found"
+        assert record["tokens"] == anew["tokens"]
+        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
+        # As exact as the norm of the gradients, which torch sums in fp32 on the CPU.
+        assert record["slope"] == pytest.approx(anew["slope"], rel=1e-3)
+        assert anew["lower"] <= anew["loss"] < anew["upper"]
+        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
+
+
+def test_curves_hold_the_records(ranks: list[dict[str, Any]]) -> None:
+    """At every step that is due, whether the trainer logs at it or not."""
+    records, curves = ranks[0]["on"]["records"], ranks[0]["on"]["curves"]
+    assert curves.keys() >= LOGGED
+    for tag, field in (
+        ("critical_sharpness", "critical_sharpness"),
+        ("critical_learning_rate", "critical_lr"),
+    ):
+        points = curves[f"sharpness_metrics/{tag}"]
+        assert [step for step, _ in points] == DUE
+        assert [value for _, value in points] == pytest.approx([r[field] for r in records])
+    losses = dict(curves["loss_metrics/global_avg_loss"])
+    assert records[-1]["loss"] == pytest.approx(losses[DUE[-1]], rel=2e-7)
+
+
+def test_the_loss_in_chunks(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    assert runs["chunked"]["digest"] == runs["at every=0"]["digest"]
+    assert not runs["at every=0"]["records"]
+    for chunked, record in zip(runs["chunked"]["records"], runs["on"]["records"], strict=True):
+        assert chunked["status"] == "found"
+        assert chunked["critical_lr"] == pytest.approx(record["critical_lr"], rel=1e-3)
+
+
+def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    assert untimed(runs["resumed"]["records"]) == untimed(runs["saved"]["records"])[1:]
+    for part in ("parameters", "optimizer"):
+        assert runs["resumed"]["digest"][part] == runs["saved"]["digest"][part]
+    assert runs["saved"]["digest"] == runs["saved off"]["digest"]
+
+
+def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    records = runs["resumed from without"]["records"]
+    assert [(record["iteration"], record["status"]) for record in records] == [
+        (4, "found"),
+        (6, "found"),
+    ]
+    # Its first search starts elsewhere, which the test above would not see otherwise.
+    assert untimed(records) != untimed(runs["saved"]["records"])[1:]
+
+
+def test_what_cannot_be_measured_with_is_refused(alone: list[dict[str, Any]]) -> None:
+    graphs, pipeline, context = alone[0]["single"]["refusals"]
+    assert "--training.disable_cuda_graphs" in graphs
+    assert "--parallelism.pipeline_parallel_degree" in pipeline and "set it to 1" in pipeline
+    assert "--parallelism.context_parallel_degree" in context

@@ -1,0 +1,361 @@
+"""Trains a tiny Llama with torchtitan, without and with measurement, and writes what it saw.
+
+Started by ``test_torchtitan.py``, one process a rank:
+``python -m tests.trainers.torchtitan_worker FOLDER``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from . import torchtitan_cpu  # noqa: F401  isort: skip
+
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import ParallelismConfig, TrainingConfig
+from torchtitan.config.configs import DebugConfig
+from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.models.llama3 import model_registry
+from torchtitan.trainer import Trainer
+
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.pytorch.torchtitan import (
+    CriticalSharpnessConfig,
+    CriticalSharpnessTrainer,
+)
+
+VOCABULARY, LENGTH, STEPS = 2048, 16, 6
+
+
+class Tokenizer(BaseTokenizer):
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, *, tokenizer_path: str) -> None:
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError
+
+    def get_vocab_size(self) -> int:
+        return VOCABULARY
+
+
+class Data(BaseDataLoader):
+    """Sequences in which a token predicts the next; every one with another number of labels."""
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        pass
+
+    def __init__(
+        self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any
+    ) -> None:
+        self.ranks, self.rank, self.size = dp_world_size, dp_rank, local_batch_size
+        self.batches = 0
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        while True:
+            generator = torch.Generator().manual_seed(self.batches * self.ranks + self.rank)
+            self.batches += 1
+            start = torch.randint(VOCABULARY, (self.size, 1), generator=generator)
+            text = (start + 3 * torch.arange(LENGTH + 1)) % 61
+            labels = text[:, 1:].clone()
+            labels[:, : 1 + self.batches % 3 + 2 * self.rank] = -100
+            positions = torch.arange(LENGTH).expand(self.size, -1)
+            yield {"input": text[:, :-1], "positions": positions}, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches = state_dict["batches"]
+
+
+def model_spec(dropout: float) -> Any:
+    spec = model_registry("debugmodel")
+    spec.model.layers = spec.model.layers[:2]
+    for _, _, parent, name in list(spec.model.traverse(FlexAttention.Config)):
+        setattr(parent, name, ScaledDotProductAttention.Config())  # flex has no backward here
+    parallelize = spec.parallelize_fn
+
+    def parallelize_with_dropout(model: nn.Module, **kwargs: Any) -> nn.Module:
+        """torchtitan's models have none, and a replay without it would be easy."""
+        model = parallelize(model, **kwargs)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo scales no sums
+        for layer in model.layers.values():
+            layer.register_forward_hook(
+                lambda module, _, output: F.dropout(output, dropout, module.training)
+            )
+        return model
+
+    spec.parallelize_fn = parallelize_with_dropout
+    return spec
+
+
+def configure(
+    folder: Path, *, every: int, chunked: bool = False, dropout: float = 0.1, **sections: Any
+) -> Any:
+    loss = CrossEntropyLoss.Config(global_vocab_size=VOCABULARY)
+    kind = CriticalSharpnessTrainer.Config if every >= 0 else Trainer.Config
+    config = kind(
+        model_spec=model_spec(dropout),
+        loss=ChunkedLossWrapper.Config(num_chunks=4, loss_fn=loss) if chunked else loss,
+        dump_folder=str(folder),
+        tokenizer=Tokenizer.Config(),
+        dataloader=Data.Config(),
+        optimizer=default_adamw(lr=3e-3),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=2),
+        training=TrainingConfig(
+            local_batch_size=2,
+            global_batch_size=8,
+            seq_len=LENGTH,
+            max_norm=0.5,
+            steps=STEPS,
+            mixed_precision_param="float32",
+            disable_cuda_graphs=True,
+        ),
+        metrics=MetricsProcessor.Config(log_freq=3, enable_tensorboard=True),
+        activation_checkpoint=None,
+        debug=DebugConfig(seed=3),
+    )
+    if every > 0:
+        config.critical_sharpness = CriticalSharpnessConfig(every=every)
+    for name, value in sections.items():
+        setattr(config, name, value)
+    return config
+
+
+class Witness:
+    """Keeps what it takes to evaluate each step's loss anew, without the package."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.steps = trainer, {}
+        self.model = trainer.model_parts[0]
+        self.model.register_forward_pre_hook(self.forward, with_kwargs=True)
+        (optimizer,) = trainer.optimizers.optimizers
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+        self.states: list[Tensor] = []
+
+    def forward(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self.states.append(torch.get_rng_state())
+
+    def before(self, optimizer: Any, *_: Any) -> None:
+        if self.states:  # not the step that makes the optimizer's state for a checkpoint
+            self.steps[self.trainer.step] = {
+                "before": whole(self.model),
+                "lr": optimizer.param_groups[0]["lr"],
+                "random": self.states,
+            }
+            self.states = []
+
+    def after(self, *_: Any) -> None:
+        if self.trainer.step in self.steps:
+            self.steps[self.trainer.step]["after"] = whole(self.model)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def losses_anew(trainer: Any, step: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
+    """L(θ), L(lower), L(upper) and ⟨g, Δθ⟩, from the definitions."""
+    torch.set_default_dtype(torch.float32)
+    model = trainer.model_config.build().train()
+    model.load_state_dict(step["before"], strict=False)
+    model.init_states(buffer_device=torch.device("cpu"))
+    for layer in model.layers.values():
+        layer.register_forward_hook(lambda _, __, output: F.dropout(output, 0.1))
+    update = {
+        name: (start - step["after"][name]) / step["lr"] for name, start in step["before"].items()
+    }
+    data = trainer.dataloader
+    again = Data(Data.Config(), dp_world_size=data.ranks, dp_rank=data.rank, local_batch_size=2)
+    again.batches = (record["iteration"] - 1) * len(step["random"])
+    iterator = iter(again)
+    batches = [next(iterator) for _ in step["random"]]
+    (tokens,) = reduced([float(sum(int(labels.ne(-100).sum()) for _, labels in batches))])
+
+    def loss(eta: float, backward: bool = False) -> float:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(step["before"][name] - eta * update[name])
+        total = 0.0
+        for (inputs, labels), state in zip(batches, step["random"], strict=True):
+            torch.set_rng_state(state)
+            logits = model(inputs["input"], positions=inputs["positions"]).float()
+            part = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            if backward:
+                part.backward()
+            total += part.item()
+        return reduced([total])[0] / tokens
+
+    saved = torch.get_rng_state()
+    anew = {"loss": loss(0.0, backward=True), "tokens": tokens}
+    slope = sum(float((p.grad * update[name]).sum()) for name, p in model.named_parameters())
+    anew["slope"] = reduced([slope])[0] / tokens
+    for end in ("lower", "upper"):
+        anew[end] = loss(record[f"critical_lr_{end}"])
+    torch.set_rng_state(saved)
+    return anew
+
+
+def reduced(values: list[float]) -> list[float]:
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def digest(trainer: Any) -> dict[str, str]:
+    """Hashes of what training ends with, on this rank."""
+
+    def hashed(values: Any) -> str:
+        sha = hashlib.sha256()
+        for value in values:
+            if isinstance(value, Tensor):
+                value = value.to_local() if isinstance(value, DTensor) else value
+                value = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            sha.update(value if isinstance(value, bytes) else repr(value).encode())
+        return sha.hexdigest()
+
+    model = trainer.model_parts[0]
+    (optimizer,) = trainer.optimizers.optimizers
+    return {
+        "parameters": hashed(model.parameters()),
+        "buffers": hashed(model.buffers()),
+        "optimizer": hashed(v for state in optimizer.state.values() for v in state.values()),
+        "random": hashed([torch.get_rng_state(), random.getstate(), str(np.random.get_state())]),
+        "trainer": str(trainer.state_dict()),
+    }
+
+
+def run(folder: Path, name: str, *, witness: bool = False, **options: Any) -> dict[str, Any]:
+    random.seed(1)
+    np.random.seed(1)
+    config = configure(folder / name, **options)
+    trainer = config.build()
+    seen = Witness(trainer) if witness else None
+    if dist.get_world_size() > 1 and trainer.parallel_dims.tp == 1:
+        torch.manual_seed(100 + dist.get_rank())
+    trainer.train()
+    log = folder / name / "critical_sharpness.jsonl"
+    result: dict[str, Any] = {"digest": digest(trainer), "class": type(trainer).__name__}
+    dist.barrier()
+    result["records"] = records = (
+        [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    )
+    if seen is not None:
+        result["anew"] = [losses_anew(trainer, seen.steps[r["iteration"]], r) for r in records]
+    trainer.close()
+    result["curves"] = curves(folder / name)
+    return result
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.rglob("events.out.tfevents*")):
+        reader = EventAccumulator(str(path)).Reload()
+        for tag in reader.Tags()["scalars"]:
+            found[tag] = [(point.step, point.value) for point in reader.Scalars(tag)]
+    return found
+
+
+def refusals(folder: Path) -> list[str]:
+    reasons = []
+    for section, field, value in (
+        ("training", "disable_cuda_graphs", False),
+        ("parallelism", "pipeline_parallel_degree", 2),
+        ("parallelism", "context_parallel_degree", 2),
+    ):
+        config = configure(folder, every=2)
+        setattr(getattr(config, section), field, value)
+        try:
+            config.build()
+        except InputError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def without_and_with(folder: Path, witness: bool = True, **options: Any) -> dict[str, Any]:
+    return {
+        "off": run(folder, "off", every=-1, **options),
+        "on": run(folder, "on", every=2, witness=witness, **options),
+    }
+
+
+def alone(folder: Path) -> dict[str, Any]:
+    def saving() -> Any:
+        return CheckpointManager.Config(enable=True, interval=3, last_save_model_only=False)
+
+    # torchtitan's checkpoints have no random states, since its models draw nothing.
+    drawing_nothing = {"dropout": 0.0}
+    results = without_and_with(folder) | {
+        "at every=0": run(folder, "at every=0", every=0, chunked=True),
+        "chunked": run(folder, "chunked", every=2, chunked=True),
+        "saved off": run(folder, "saved off", every=-1, checkpoint=saving(), **drawing_nothing),
+        "saved": run(folder, "saved", every=2, checkpoint=saving(), **drawing_nothing),
+    }
+    for name, start in (("resumed", "saved"), ("resumed from without", "saved off")):
+        checkpoint = saving()
+        if start == "saved off":
+            checkpoint.exclude_from_loading = ["critical_sharpness"]
+        shutil.copytree(
+            folder / start / "checkpoint" / "step-3", folder / name / "checkpoint" / "step-3"
+        )
+        results[name] = run(folder, name, every=2, checkpoint=checkpoint, **drawing_nothing)
+    results["refusals"] = refusals(folder)
+    return results
+
+
+def main(folder: Path) -> None:
+    if dist.is_available() and "RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        names = {
+            "fsdp": ParallelismConfig(spmd_backend="partial_dtensor"),
+            "tp": ParallelismConfig(spmd_backend="partial_dtensor", tensor_parallel_degree=2),
+        }
+        results = {
+            # The masks of dropout under tensor parallelism are no single process's.
+            name: without_and_with(folder / name, name != "tp", parallelism=parallelism)
+            for name, parallelism in names.items()
+        }
+    else:
+        results = {"single": alone(folder)}
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
