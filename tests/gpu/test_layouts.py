@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.pytorch.layouts import DISTRIBUTED, GPU, SINGLE
-from tests.pytorch.test_layouts import Ranks, check
+from tests.pytorch.test_layouts import Ranks, check_number, check_training
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU; torch.cuda.is_available() is False", allow_module_level=True)
@@ -30,4 +30,5 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_on_a_gpu(name: str, rank: Ranks) -> None:
     (found,) = rank.wait(name)
-    check(LAYOUTS[name], found)
+    check_training(found)
+    check_number(LAYOUTS[name], found)

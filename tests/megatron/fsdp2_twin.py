@@ -1,4 +1,4 @@
-"""One rank of FSDP2 training of the reference GPT, on the weights and the batch of a Megatron run."""
+"""One rank of FSDP2 on the weights and the batch of a Megatron run, for one step."""
 
 from __future__ import annotations
 

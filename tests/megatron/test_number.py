@@ -92,7 +92,7 @@ def test_megatron_and_fsdp2_measure_the_same(alone: Run, tmp_path: Path) -> None
     assert fsdp2["status"] == "found"
     assert fsdp2["tokens"] == megatron["tokens"]
     assert fsdp2["loss"] == pytest.approx(megatron["loss"], rel=1e-6)
-    # Of the first Adam step, ĝ/|ĝ|, the order of a sum turns the sign where a gradient is next to 0.
+    # The first Adam step is g/|g|: where a gradient is next to 0, the order of a sum turns it.
     for name in ("slope", "update_norm", "critical_lr", "critical_lr_lower", "critical_lr_upper"):
         assert fsdp2[name] == pytest.approx(megatron[name], rel=1e-3), name
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from tests.processes import ROOT, free_port, start_ranks
 
 sys.path.insert(0, str(ROOT / "launch"))
 
+import fsdp_checkpoint
 import fsdp_data
 import train_fsdp
 from fsdp_arguments import parse_arguments
@@ -44,20 +44,6 @@ PLAIN = f"{GPT_FLAGS} {TRAINING} --hidden-dropout 0 --attention-dropout 0"
 PLAIN += " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
 PLAIN += " --untie-embeddings-and-output-weights"
 EVERY = "--measure-critical-sharpness-every"
-
-#: Makes the runs of a file one after the other, as the ranks of one process group after the other.
-WORKER = """
-import contextlib, json, os, sys
-from pathlib import Path
-launch, cases = sys.argv[1:]
-sys.path.insert(0, launch)
-import train_fsdp
-for folder, port, argv in json.loads(Path(cases).read_text()):
-    os.environ["MASTER_PORT"] = port
-    with Path(folder, f"output{os.environ['RANK']}.txt").open("w") as output:
-        with contextlib.redirect_stdout(output):
-            train_fsdp.main(argv)
-"""
 
 
 class Run:
@@ -134,43 +120,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path | None) -> Ca
     flags = {
         "off": RUN,
         "on": f"{RUN} {EVERY} 2",
-        "plain": f"{PLAIN} {EVERY} 2",
-        **({"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"} if tiny_olmo else {}),
-    }
-    train(folder, flags)
-    resumed = {
         "on, resumed": f"{RUN} {EVERY} 2",
         "off, resumed on": f"{RUN} {EVERY} 2",
         "on, resumed off": RUN,
+        "plain": f"{PLAIN} {EVERY} 2",
+        **({"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"} if tiny_olmo else {}),
     }
-    for name in resumed:
-        copy_as_if_crashed(folder / name.split(",")[0], folder / name)
-    train(folder, {name: f"{flags} --load {{}}/checkpoints" for name, flags in resumed.items()})
-    return lambda name: Run(folder / name)
-
-
-def copy_as_if_crashed(source: Path, target: Path) -> None:
-    """The checkpoints of ``source`` as if it had crashed while it was saving the second."""
-    shutil.copytree(source / "checkpoints", target / "checkpoints")
-    (target / "checkpoints/latest_checkpointed_iteration.txt").write_text("3")
-    for path in (target / "checkpoints/iter_0000006").iterdir():
-        path.write_bytes(path.read_bytes()[:100])
-
-
-def train(folder: Path, flags: dict[str, str]) -> None:
-    """Train each on two processes; ``{}`` in the flags is the run's own folder."""
     cases = []
     for name, line in flags.items():
         own = folder / name
-        own.mkdir(exist_ok=True)
-        argv = [word.replace("{}", str(own)) for word in line.split()]
-        argv += ["--save", f"{own}/checkpoints", "--tensorboard-dir", f"{own}/tensorboard"]
-        cases.append((str(own), str(free_port()), argv))
+        own.mkdir()
+        argv = [*line.split(), "--save", f"{own}/checkpoints"]
+        argv += ["--tensorboard-dir", f"{own}/tensorboard"]
+        source = ""
+        if "resumed" in name:
+            source = f"{folder / name.split(',')[0]}/checkpoints"
+            argv += ["--load", f"{own}/checkpoints"]
+        cases.append((str(own), str(free_port()), source, argv))
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = ["-c", WORKER, str(ROOT / "launch"), str(folder / "cases.json")]
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     started = start_ranks(
-        worker, folder, 2, environment={"CUDA_VISIBLE_DEVICES": ""}, pythonpath=path
+        ["-m", "tests.pytorch.fsdp_worker", str(folder / "cases.json")],
+        folder,
+        2,
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+        pythonpath=os.environ.get("PYTHONPATH", "").split(os.pathsep),
     )
     try:
         codes = [process.wait(timeout=200) for process in started]
@@ -178,6 +151,7 @@ def train(folder: Path, flags: dict[str, str]) -> None:
         for process in started:
             process.kill()
     assert codes == [0, 0], "\n".join(p.read_text()[-3000:] for p in folder.glob("output*.txt"))
+    return lambda name: Run(folder / name)
 
 
 def test_training_is_bit_for_bit_the_training_without_measurement(
@@ -440,6 +414,26 @@ def test_other_checkpoints_are_neither_overwritten_nor_loaded(
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
     with pytest.raises(InputError, match="iter_0000100, which is no checkpoint of"):
         train_fsdp.check_folders(parse(monkeypatch, f"{RUN} --load {tmp_path}"))
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(tensors: Any, checkpoint_id: Path) -> None:
+        checkpoint_id.mkdir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(fsdp_checkpoint, "get_state_dict", lambda model, optimizer: ({}, {}))
+    monkeypatch.setattr(fsdp_checkpoint.state_dict_saver, "save", crash)
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "iter_0000003/progress.json").write_text("{}")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    args = parse(monkeypatch, f"{RUN} --save {tmp_path} --load {tmp_path}")
+    model: Any = None
+    with pytest.raises(OSError, match="No space left"):
+        fsdp_checkpoint.save_checkpoint(args, model, model, None, iteration=6, consumed=48)
+    assert (tmp_path / "iter_0000006").exists()
+    assert fsdp_checkpoint.latest_checkpoint("--load", str(tmp_path)) == tmp_path / "iter_0000003"
 
 
 def test_a_token_outside_of_the_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
