@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.pytorch.step import Evaluate
 
 from .gpt import loss_sum, make_batch, make_gpt
 from .layouts import DEVICE, DISTRIBUTED, GPU, SINGLE, Layout
@@ -39,9 +41,18 @@ class Trained:
 
 
 def train(
-    layout: Layout, steps: int, *, every: int, dropout: float, keep_weights: bool = False
+    layout: Layout,
+    steps: int,
+    *,
+    every: int,
+    dropout: float,
+    keep_weights: bool = False,
+    disturb: Callable[[nn.Module, Evaluate], Evaluate] | None = None,
 ) -> Trained:
-    """Train for a few steps; the schedule changes the learning rate at each."""
+    """Train for a few steps; the schedule changes the learning rate at each.
+
+    ``disturb`` is given the first step's ``evaluate`` and returns what is called instead.
+    """
     random.seed(1)
     np.random.seed(1)
     model = make_gpt(dropout, checkpointed=layout.checkpointed).to(DEVICE, layout.parameters)
@@ -104,7 +115,8 @@ def train(
             optimizer.zero_grad()
             schedule.step()
         if sharpness is not None:
-            record = sharpness.after_step(step, evaluate, grad_norm=norm)
+            given = evaluate if disturb is None or step else disturb(model, evaluate)
+            record = sharpness.after_step(step, given, grad_norm=norm)
             if record is not None:
                 records.append(dataclasses.asdict(record))
     if keep_weights:
