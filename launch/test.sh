@@ -37,5 +37,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
 ruff check . || status=1
 mypy || status=1
-python -m pytest -rs "$@" || status=1
+# Two test files at a time: most tests wait for processes of their own, often for one at a time.
+python -m pytest -rs --numprocesses 2 --dist loadfile "$@" || status=1
 exit "$status"

@@ -178,11 +178,10 @@ class ModelOnLines:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[ObservedOptimizer]) -> None:
         self.optimizers = optimizers
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._roots: list[FSDPModule] = []
         inner: set[nn.Module] = set()
-        for module in self._sharded:
-            if module not in inner:
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and module not in inner:
                 self._roots.append(module)
                 inner.update(module.modules())
         self._broadcasts = [
@@ -202,14 +201,24 @@ class ModelOnLines:
         for parameter, owner, group in self._broadcasts:
             dist.broadcast(parameter, group=group, group_src=owner)
         for root in self._roots:
-            # Forgets a gather in flight, and where in a forward pass an exception struck.
-            if hasattr(root, "reset_iter_state"):  # from torch 2.13 on
-                root.reset_iter_state()
+            _reshard(root)
             if (stream := _stream(root)) is not None:
                 # Where a loop has set such an event, gathers wait for it and for nothing else.
                 root.set_post_optim_event(stream.record_event())
-        for module in self._sharded:
-            # After a forward pass without gradients a root keeps the weights that it gathered.
+
+
+def _reshard(root: FSDPModule) -> None:
+    """Have the next forward pass gather all weights anew.
+
+    After a pass without gradients a root keeps those that it gathered.
+    """
+    if hasattr(root, "reset_iter_state"):  # from torch 2.13 on
+        # Forgets a gather in flight too, and where in the pass an exception struck.
+        root.reset_iter_state()
+        return
+    assert isinstance(root, nn.Module)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
             module.reshard()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     ShardingStrategy,
@@ -85,6 +86,13 @@ def fsdp2(**options: Any) -> Callable[[GPT], Wrapped]:
         return on_all_ranks(fully_shard(model, **options))
 
     return wrap
+
+
+def fsdp2_before_torch_2_13(model: GPT) -> Wrapped:
+    """Where FSDP2 cannot yet forget a pass. It cannot be given back: the last of all layouts."""
+    if hasattr(FSDPModule, "reset_iter_state"):
+        del FSDPModule.reset_iter_state
+    return fsdp2(reshard_after_forward=False)(model)
 
 
 def hsdp(model: GPT) -> Wrapped:
@@ -309,6 +317,7 @@ DISTRIBUTED = {
     "tensor parallel": Layout(wrap=tensor_parallel),
     "fsdp2 × tensor parallel": Layout(wrap=fsdp2_with_tensor_parallel),
     "hsdp": Layout(wrap=hsdp, clip=0.5),
+    "fsdp2, before torch 2.13": Layout(wrap=fsdp2_before_torch_2_13),
 }
 
 #: On one GPU, beside the others.

@@ -126,6 +126,26 @@ def test_a_loop_that_calls_the_model_another_way_is_told_so() -> None:
     assert record is not None and record.status == "found"
 
 
+def test_an_autocast_region_around_the_loop_does_not_keep_casts_of_other_weights() -> None:
+    inside = Loop(every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = inside.step(0)
+
+    outside = Loop(every=1)
+
+    def evaluate() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return outside.evaluate(0)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, tokens = loss_sum(outside.model, make_batch(0, 0, 0))
+        (loss / tokens).backward()
+    outside.optimizer.step()
+    expected = outside.sharpness.after_step(0, evaluate)
+    assert measured is not None and expected is not None and measured.status == "found"
+    assert measured.critical_lr == expected.critical_lr
+
+
 def test_a_step_that_was_not_observed_is_said_to_be_so() -> None:
     loop = Loop(every=10)
     loop.step(7)

@@ -90,6 +90,7 @@ def train(
         def backward() -> Tensor:
             summed = torch.zeros((), device=DEVICE)
             for batch in batches:  # noqa: B023
+                torch.rand(1)  # as a loop does that augments its data
                 with layout.forward():
                     loss, _ = loss_sum(called, batch)
                 # Gradients are averaged over the data-parallel ranks.
@@ -111,6 +112,7 @@ def train(
                 for optimizer in optimizers:
                     scaler.step(optimizer)
         scaler.update()
+        torch.rand(1), random.random(), np.random.rand()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.zero_grad()
             schedule.step()
