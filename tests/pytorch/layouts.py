@@ -185,7 +185,7 @@ def groups(model: nn.Module) -> list[Optimizer]:
 
 
 def sgd(model: nn.Module) -> list[Optimizer]:
-    return [SGD(trained(model), lr=0.3, momentum=0.9, nesterov=True, weight_decay=1e-3)]
+    return [SGD(trained(model), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)]
 
 
 def adafactor(model: nn.Module) -> list[Optimizer]:
