@@ -115,14 +115,18 @@ def log_path(args: Any) -> Path | None:
     return None
 
 
-def check_log_is_writable(args: Any) -> None:
+def check_log_is_writable(args: Any, *, writer: int = -1) -> None:
     """Refuse a log that cannot be written, on the rank that will write it.
+
+    Args:
+        args: the parsed arguments, with ``rank`` and ``world_size``.
+        writer: which rank writes; the last one, as in Megatron, by default.
 
     Raises:
         InputError: names the flag, the path, the reason and the remedy.
     """
     path = log_path(args)
-    if path is None or args.rank != args.world_size - 1:
+    if path is None or args.rank != writer % args.world_size:
         return
     existed = path.exists()
     try:
@@ -134,8 +138,8 @@ def check_log_is_writable(args: Any) -> None:
         raise _bad(
             flag,
             str(path),
-            f"the file cannot be written ({error.strerror}); name a file in a folder that the "
-            "last rank can write to",
+            f"the file cannot be written ({error.strerror}); name a file in a folder that rank "
+            f"{args.rank} can write to",
         ) from error
     if not existed:
         os.unlink(path)

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Tokenize the sources in the order: Python's, text, JSON lines."""
     if arguments.max_bytes is not None and arguments.max_bytes < 1:
         raise InputError(f"--max-bytes {arguments.max_bytes}: must be at least 1")
-    documents = _documents(arguments)
+    documents = documents_of(arguments)
     if arguments.max_bytes is not None:
         documents = _first_bytes(documents, arguments.max_bytes)
     number, tokens = write_dataset(arguments.prefix, _with_progress(documents))
@@ -157,7 +157,12 @@ def write_dataset(prefix: Path, documents: Iterable[bytes]) -> tuple[int, int]:
     return number, tokens
 
 
-def _documents(arguments: argparse.Namespace) -> Iterator[bytes]:
+def documents_of(arguments: argparse.Namespace) -> Iterator[bytes]:
+    """The text of all documents that the flags name, in the order of :func:`run`.
+
+    Raises:
+        InputError: no source is named, or a file is missing.
+    """
     if not (arguments.python_docs or arguments.text or arguments.jsonl):
         raise InputError("nothing to tokenize: give --python-docs, --text or --jsonl")
     for path in (*arguments.text, *arguments.jsonl):  # before hours of work on the others

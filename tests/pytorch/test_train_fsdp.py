@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import os
 import re
@@ -20,8 +20,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_sharpness.data import write_dataset
 from megatron_sharpness.errors import InputError
 from tests.processes import ROOT, free_port, start_ranks
+from tests.trainers.harness import require
 
 sys.path.insert(0, str(ROOT / "launch"))
 
@@ -95,24 +97,46 @@ def differing(left: Any, right: Any, path: str = "") -> list[str]:
     return [] if left == right else [path]
 
 
-@pytest.fixture(scope="module")
-def tiny_olmo(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The folder of an OLMo-2 of two layers: configuration only."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import Olmo2Config
+def installed(package: str, *names: str) -> list[str] | None:
+    """The paths to import ``package`` from, one of these frameworks'; None where it is in none."""
+    for name in names:
+        with contextlib.suppress(pytest.skip.Exception):
+            return require(name, package)
+    return None
 
+
+TRANSFORMERS = installed("transformers", "hf")
+DATASETS = installed("datasets", "hf", "torchtitan")
+
+
+def in_a_process(paths: list[str] | None, *arguments: str, **variables: str) -> None:
+    """A function of ``fsdp_worker``, with packages of ``paths``."""
+    if paths is None:
+        pytest.skip("not installed: pip install megatron-sharpness[hf]")
+    search = os.pathsep.join([str(ROOT), *paths])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.pytorch.fsdp_worker", *arguments],
+        env=os.environ | {"PYTHONPATH": search, "RANK": "0", "WORLD_SIZE": "2"} | variables,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def tiny_olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an OLMo-2 of two layers: a configuration and nothing else."""
     folder = tmp_path_factory.mktemp("olmo")
-    Olmo2Config(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, attention_dropout=0.0,
-        pad_token_id=None, bos_token_id=None, eos_token_id=256,
-    ).save_pretrained(folder)  # fmt: skip
+    config = {
+        "model_type": "olmo2", "vocab_size": 257, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path | None) -> Callable[[str], Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[[str], Run]:
     """All runs of two processes, by name; those that resume, of what those before have saved."""
     folder = tmp_path_factory.mktemp("runs")
     olmo = f"--hf-model {tiny_olmo} {TRAINING} --bf16 --recompute-granularity full"
@@ -124,8 +148,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path | None) -> Ca
         "off, resumed on": f"{RUN} {EVERY} 2",
         "on, resumed off": RUN,
         "plain": f"{PLAIN} {EVERY} 2",
-        **({"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"} if tiny_olmo else {}),
     }
+    if TRANSFORMERS is not None:
+        flags |= {"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"}
     cases = []
     for name, line in flags.items():
         own = folder / name
@@ -139,11 +164,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path | None) -> Ca
         cases.append((str(own), str(free_port()), source, argv))
     (folder / "cases.json").write_text(json.dumps(cases))
     started = start_ranks(
-        ["-m", "tests.pytorch.fsdp_worker", str(folder / "cases.json")],
+        ["-m", "tests.pytorch.fsdp_worker", "train", str(folder / "cases.json")],
         folder,
         2,
         environment={"CUDA_VISIBLE_DEVICES": ""},
-        pythonpath=os.environ.get("PYTHONPATH", "").split(os.pathsep),
+        pythonpath=TRANSFORMERS or (),
     )
     try:
         codes = [process.wait(timeout=200) for process in started]
@@ -219,8 +244,8 @@ def test_tensorboard_has_megatrons_tags(runs: Callable[[str], Run]) -> None:
 
 
 def test_a_hugging_face_model_is_trained_and_measured(runs: Callable[[str], Run]) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed: pip install transformers")
+    if TRANSFORMERS is None:
+        pytest.skip("transformers is not installed: pip install megatron-sharpness[hf]")
     off, on = runs("olmo off"), runs("olmo on")
     assert "Olmo2ForCausalLM of" in on.output
     assert off.training_lines == on.training_lines
@@ -230,28 +255,9 @@ def test_a_hugging_face_model_is_trained_and_measured(runs: Callable[[str], Run]
 
 
 def test_weights_and_tokenizer_of_a_hugging_face_folder_are_used(
-    tiny_olmo: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_olmo: Path, tmp_path: Path
 ) -> None:
-    if tiny_olmo is None:
-        pytest.skip("transformers is not installed: pip install transformers")
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    config = transformers.AutoConfig.from_pretrained(tiny_olmo)
-    saved = transformers.AutoModelForCausalLM.from_config(config)
-    saved.to(torch.bfloat16).save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "one": 2, "two": 3}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<end>"
-    ).save_pretrained(tmp_path)
-    args = parse(monkeypatch, f"--hf-model {tmp_path} {TRAINING}")
-    model, vocabulary, tokenize = train_fsdp.build_model(args)
-    assert tokenize(b"two one three").tolist() == [3, 2, 0, 1]
-    assert vocabulary == 257
-    weights = model.state_dict()
-    assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert differing(weights, {k: v.float() for k, v in saved.state_dict().items()}) == []
+    in_a_process(TRANSFORMERS, "pretrained", str(tiny_olmo), str(tmp_path), *TRAINING.split())
 
 
 class Operations(TorchDispatchMode):
@@ -330,38 +336,45 @@ def test_an_epoch_is_every_sample_once_and_each_is_shuffled_anew() -> None:
     assert tuple(again[20]) == epochs[1][3]
 
 
-def test_megatrons_format_and_a_hugging_face_dataset_hold_the_same_samples(
+TEXTS = ["Once upon a time", "there was a λ", "and it was sharp."]
+NO_DATA = PLAIN.replace(TEXT, "--json-key body")
+
+
+def json_lines(folder: Path) -> Path:
+    """The texts, alone in a folder."""
+    file = folder / "data" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def samples_of(monkeypatch: pytest.MonkeyPatch, flags: str) -> list[list[int]]:
+    args = parse(monkeypatch, f"{NO_DATA} {flags}")
+    documents, lengths = fsdp_data.read_documents(args, fsdp_data.bytes_as_tokens)
+    samples = fsdp_data.Samples(documents, lengths, 8, seed=1)
+    assert samples.count == (sum(len(text.encode()) + 1 for text in TEXTS) - 1) // 8
+    return [samples[i].tolist() for i in range(samples.count)]
+
+
+def test_megatrons_format_holds_the_same_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = ["Once upon a time", "there was a λ", "and it was sharp."]
-    file = tmp_path / "folder" / "train.jsonl"
-    file.parent.mkdir()
-    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    flags = {"jsonl": f"--jsonl {file}"}
-    if importlib.util.find_spec("megatron"):
-        from megatron_sharpness.data import write_dataset
+    pytest.importorskip("megatron.core", reason="needs megatron-core")
+    write_dataset(tmp_path / "tokens", [text.encode() for text in TEXTS])
+    indexed = samples_of(monkeypatch, f"--data-path {tmp_path / 'tokens'}")
+    assert indexed == samples_of(monkeypatch, f"--jsonl {json_lines(tmp_path)}")
 
-        write_dataset(tmp_path / "data", [text.encode() for text in texts])
-        flags["megatron"] = f"--data-path {tmp_path / 'data'}"
-    if importlib.util.find_spec("datasets"):
-        import datasets
 
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        flags["hugging face"] = f"--hf-dataset {file.parent}"
-        datasets.load_dataset(str(file.parent), split="train").save_to_disk(tmp_path / "disk")
-        flags["hugging face, from disk"] = f"--hf-dataset {tmp_path / 'disk'}"
-    read = {}
-    for name, flag in flags.items():
-        args = parse(monkeypatch, f"{PLAIN.replace(TEXT, '')} {flag} --json-key body")
-        documents, lengths = fsdp_data.read_documents(args, fsdp_data.bytes_as_tokens)
-        samples = fsdp_data.Samples(documents, lengths, 8, seed=1)
-        read[name] = [samples[i].tolist() for i in range(samples.count)]
-    expected = sum(len(text.encode()) + 1 for text in texts)
-    assert len(read["jsonl"]) == (expected - 1) // 8
-    for name, found in read.items():
-        assert found == read["jsonl"], name
-    if len(flags) < 4:
-        pytest.skip("only what is installed of megatron-core and datasets was compared")
+def test_a_hugging_face_dataset_holds_the_same_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = json_lines(tmp_path)
+    in_a_process(
+        DATASETS, "dataset", str(file.parent), str(tmp_path), *NO_DATA.split(),
+        HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    of_files, of_disk, of_splits = json.loads((tmp_path / "samples.json").read_text())
+    assert of_files == of_disk == of_splits == samples_of(monkeypatch, f"--jsonl {file}")
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, flags: str) -> argparse.Namespace:

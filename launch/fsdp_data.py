@@ -1,0 +1,232 @@
+"""Documents as tokens, and the order in which a run sees them.
+
+The sample of a number is a pure function of the seed: a resumed run goes on where it stopped,
+whatever the number of processes, and there is no state to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Shared with `megatron-sharpness tokenize`.
+from megatron_sharpness.data import END_OF_DOCUMENT, PYTHON_DOMAINS, documents_of
+from megatron_sharpness.errors import InputError
+
+Tokens = npt.NDArray[Any]
+Tokenize = Callable[[bytes], Tokens]
+Documents = Sequence[Tokens]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that name the data: one of the three kinds."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-path",
+        metavar="PREFIX",
+        help="PREFIX.bin and PREFIX.idx in Megatron's format (`megatron-sharpness tokenize` or "
+        "Megatron's preprocess_data.py writes them), read from disk as needed",
+    )
+    group.add_argument(
+        "--python-docs",
+        nargs="+",
+        choices=PYTHON_DOMAINS,
+        default=[],
+        help="text that every Python has: the language reference, the standard library's sources",
+    )
+    group.add_argument(
+        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="one document each"
+    )
+    group.add_argument(
+        "--jsonl", nargs="+", type=Path, default=[], metavar="FILE", help="one document a line"
+    )
+    group.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="where JSON lines or a Hugging Face dataset hold their text (default: %(default)s)",
+    )
+    group.add_argument(
+        "--hf-dataset",
+        nargs="+",
+        metavar=("NAME_OR_FOLDER", "CONFIGURATION"),
+        help="a Hugging Face dataset, tokenized once into its cache",
+    )
+    group.add_argument("--hf-dataset-split", default="train", metavar="SPLIT")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse no data, or two kinds of it.
+
+    Raises:
+        InputError: names the flags and the remedy.
+    """
+    kinds = {
+        "--data-path": args.data_path,
+        "--python-docs, --text or --jsonl": args.python_docs or args.text or args.jsonl,
+        "--hf-dataset": args.hf_dataset,
+    }
+    given = [flags for flags, value in kinds.items() if value]
+    if not given:
+        raise InputError(f"no data: give {', '.join(kinds)}")
+    if len(given) > 1:
+        raise InputError(
+            f"{' and '.join(given)}: these are read in different ways; give one of them"
+        )
+    if args.data_path:
+        for suffix in (".bin", ".idx"):
+            if not Path(args.data_path + suffix).is_file():
+                raise InputError(
+                    f"--data-path {args.data_path}: there is no {args.data_path}{suffix}; give "
+                    "the path of both without the suffix"
+                )
+
+
+def bytes_as_tokens(document: bytes) -> Tokens:
+    """One token a byte, and the end of the document."""
+    ids = np.empty(len(document) + 1, dtype=np.uint16)
+    ids[:-1] = np.frombuffer(document, dtype=np.uint8)
+    ids[-1] = END_OF_DOCUMENT
+    return ids
+
+
+def tokens_of(tokenizer: Any) -> Tokenize:
+    """A Hugging Face tokenizer as a function; documents end with its end-of-text token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokenize(document: bytes) -> Tokens:
+        text = document.decode(errors="replace")
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.array(ids + end, dtype=np.int32)
+
+    return tokenize
+
+
+def read_documents(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documents, Tokens]:
+    """All documents as tokens, and the length of each.
+
+    Raises:
+        InputError: the data cannot be read, or a package that reads it is missing.
+    """
+    if args.data_path:
+        return _indexed(args.data_path)
+    if args.hf_dataset:
+        return _hugging_face(args, tokenize)
+    documents = [tokenize(document) for document in documents_of(args)]
+    return documents, np.array([len(document) for document in documents])
+
+
+def _indexed(prefix: str) -> tuple[Documents, Tokens]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what an installation without a GPU lacks
+            from megatron.core.datasets.indexed_dataset import IndexedDataset
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--data-path {prefix}: Megatron's format is read with megatron-core ({error}); "
+            "pip install megatron-core, or give --text or --jsonl"
+        ) from error
+    dataset = IndexedDataset(prefix)
+    return dataset, np.asarray(dataset.sequence_lengths)
+
+
+def _hugging_face(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documents, Tokens]:
+    name, key = args.hf_dataset[0], args.json_key
+    try:
+        import datasets
+        from filelock import FileLock
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--hf-dataset {name}: it is read with datasets ({error}); pip install datasets"
+        ) from error
+    try:
+        for folder in (Path(name), Path(name, args.hf_dataset_split)):
+            if (folder / "state.json").exists():  # written by save_to_disk
+                dataset = datasets.load_from_disk(str(folder))
+                break
+        else:
+            dataset = datasets.load_dataset(*args.hf_dataset, split=args.hf_dataset_split)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--hf-dataset {' '.join(args.hf_dataset)}, --hf-dataset-split "
+            f"{args.hf_dataset_split}: {error}"
+        ) from error
+    if key not in dataset.column_names:
+        raise InputError(
+            f"--json-key {key}: --hf-dataset {name} has the columns "
+            f"{', '.join(dataset.column_names)}; name the one that holds text"
+        )
+
+    def tokenized(row: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenize(row[key].encode(errors="replace"))
+        return {"tokens": ids, "length": len(ids)}
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "train_fsdp.lock"):  # one process tokenizes, the others find it done
+        dataset = dataset.map(tokenized, remove_columns=dataset.column_names)
+    dataset = dataset.with_format("numpy")
+    return _Column(dataset, "tokens"), np.asarray(dataset["length"][:])
+
+
+class _Column(Sequence[Tokens]):
+    """One column of a Hugging Face dataset, read a row at a time."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self._dataset, self._name = dataset, name
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._dataset[int(index)][self._name]
+
+
+class Samples:
+    """Documents in a row, cut into samples, which each epoch shuffles anew.
+
+    Args:
+        documents: token ids.
+        lengths: of the documents.
+        length: tokens a sample predicts; it holds one more, which the next one begins with.
+        seed: of the order.
+
+    Raises:
+        InputError: there is less than one sample.
+    """
+
+    def __init__(self, documents: Documents, lengths: Tokens, length: int, seed: int) -> None:
+        self.documents, self.length, self.seed = documents, length, seed
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.count = (int(self.starts[-1]) - 1) // length
+        if self.count < 1:
+            raise InputError(
+                f"--seq-length {length}: the data has {self.starts[-1]} tokens, less than one "
+                "sample; give more text or a shorter sequence"
+            )
+        self._order = functools.lru_cache(maxsize=1)(self._shuffled)
+
+    def __getitem__(self, number: int) -> Tokens:
+        """Sample ``number`` of the run, counted from 0; shape [length + 1], int64."""
+        epoch, index = divmod(number, self.count)
+        start = int(self._order(epoch)[index]) * self.length
+        pieces, missing = [], self.length + 1
+        document = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while missing:
+            offset = start - int(self.starts[document])
+            piece = self.documents[document][offset : offset + missing]
+            pieces.append(piece)
+            missing -= len(piece)
+            start += len(piece)
+            document += 1
+        return np.concatenate(pieces).astype(np.int64)
+
+    def _shuffled(self, epoch: int) -> Tokens:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.count)

@@ -1,0 +1,328 @@
+"""Pretrain a plain GPT, or any Hugging Face causal language model, with PyTorch's own FSDP2.
+
+Flags that Megatron-LM has too have its names, meanings and defaults. Started by torchrun, on CUDA
+devices over NCCL or on the CPU over gloo:
+
+    torchrun --nproc-per-node 2 launch/train_fsdp.py --python-docs prose --num-layers 4 …
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import fsdp_data
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fsdp_arguments import WITHOUT_MEANING, bad, check_sequence, parse_arguments
+from fsdp_checkpoint import check_folders, load_checkpoint, save_checkpoint
+from fsdp_gpt import GPT
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_sharpness import arguments
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink
+
+
+def learning_rate(args: argparse.Namespace, iteration: int) -> float:
+    """The learning rate of an iteration, counted from 1, by Megatron's rule."""
+    step, warmup, end = iteration - 1, args.lr_warmup_iters, args.lr_decay_iters
+    if warmup and step <= warmup:
+        return float(args.lr * step / warmup)
+    if args.lr_decay_style == "constant":
+        return float(args.lr)
+    if step > end:
+        return float(args.min_lr)
+    style, done = args.lr_decay_style, (step - warmup) / (end - warmup)
+    if style == "WSD":
+        style = args.lr_wsd_decay_style
+        done = max(0.0, (step - end) / args.lr_wsd_decay_iters + 1.0)
+    part = {
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (math.cos(math.pi * done) + 1.0),
+        "exponential": 2.0 * 0.5**done - 1.0,
+        "minus_sqrt": 1.0 - math.sqrt(done),
+    }[style]
+    return float(args.min_lr + part * (args.lr - args.min_lr))
+
+
+def build_model(args: argparse.Namespace) -> tuple[nn.Module, int, fsdp_data.Tokenize]:
+    """The whole model in fp32, its vocabulary and its tokenizer."""
+    torch.manual_seed(args.seed)
+    if not args.hf_model:
+        return GPT(args.gpt), args.gpt.vocab_size, fsdp_data.bytes_as_tokens
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise bad("hf_model", args.hf_model, f"{error}; pip install transformers") from error
+    folder = Path(args.hf_model)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.hf_model)
+        text = config.get_text_config()
+        check_sequence(
+            args,
+            getattr(text, "max_position_embeddings", None),
+            getattr(text, "attention_dropout", 0.0) or 0.0,
+        )
+        config.use_cache = False
+        automatic = transformers.AutoModelForCausalLM
+        if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            model = automatic.from_config(config, **options)
+        else:
+            model = automatic.from_pretrained(args.hf_model, config=config, **options)
+        vocabulary = int(model.get_input_embeddings().num_embeddings)
+        if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+            return model.train(), vocabulary, fsdp_data.bytes_as_tokens
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.hf_model)
+    except (OSError, ValueError) as error:
+        raise bad("hf_model", args.hf_model, str(error)) from error
+    return model.train(), vocabulary, fsdp_data.tokens_of(tokenizer)
+
+
+def attention(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Within it ``scaled_dot_product_attention`` is flash attention where that is asked for."""
+    if args.attention_backend == "flash":
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION])
+    return contextlib.nullcontext()
+
+
+def shard(args: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
+    """Put each layer of the model, and the rest of it, under FSDP2 on ``device``."""
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (args.world_size,))}
+    if args.bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers = next(lists, nn.ModuleList())  # the outermost
+    for i, layer in enumerate(layers):
+        if args.recompute_granularity == "full":
+            layers[i] = checkpoint_wrapper(layer)
+        fully_shard(layers[i], **options)
+    fully_shard(model, **options)
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; biases and the scales of normalizations are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1]},
+        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=args.lr,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+    )
+
+
+def micro_batches(
+    args: argparse.Namespace, samples: fsdp_data.Samples, consumed: int, vocabulary: int
+) -> Iterator[Tensor]:
+    """This rank's part of the global batch after ``consumed`` samples; tokens [micro, length+1]."""
+    size = args.micro_batch_size
+    for start in range(0, args.global_batch_size, size * args.world_size):
+        first = consumed + start + args.rank * size
+        tokens = torch.stack([torch.from_numpy(samples[first + i]) for i in range(size)])
+        if (largest := int(tokens.max())) >= vocabulary:
+            raise InputError(
+                f"--vocab-size {vocabulary}: the data holds token {largest}; give the vocabulary "
+                "that it was tokenized with, or the model of that tokenizer"
+            )
+        yield tokens
+
+
+def loss_sum(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies in nats, and how many they are."""
+    output = model(tokens[:, :-1])
+    logits, targets = getattr(output, "logits", output), tokens[:, 1:]
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, targets.numel()
+
+
+class TrainingLog:
+    """Lines in Megatron's format and curves with its tags, on rank 0.
+
+    Args:
+        writer: TensorBoard's, or None.
+    """
+
+    def __init__(self, args: argparse.Namespace, writer: Any) -> None:
+        self.args, self.writer = args, writer
+        self._losses: list[float] = []
+        self._since = time.perf_counter()
+
+    def add(self, iteration: int, consumed: int, scalars: dict[str, float]) -> None:
+        """One iteration; ``scalars`` are those of TensorBoard by tag."""
+        self._losses.append(scalars["lm loss"])
+        if self.writer is not None and iteration % self.args.tensorboard_log_interval == 0:
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, iteration)
+                self.writer.add_scalar(f"{tag} vs samples", value, consumed)
+        if iteration % self.args.log_interval:
+            return
+        elapsed = (time.perf_counter() - self._since) / len(self._losses)
+        mean = sum(self._losses) / len(self._losses)
+        self._losses, self._since = [], time.perf_counter()
+        if self.writer is not None:
+            self.writer.add_scalar("iteration-time", elapsed, iteration)
+        say(
+            self.args,
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/"
+            f"{self.args.train_iters:8d} | consumed samples: {consumed:12d} | "
+            f"elapsed time per iteration (ms): {elapsed * 1000:.1f} | "
+            f"learning rate: {scalars['learning-rate']:.6E} | "
+            f"global batch size: {self.args.global_batch_size:5d} | lm loss: {mean:.6E} | "
+            f"grad norm: {scalars['grad-norm']:.3f} |",
+        )
+
+
+def say(args: argparse.Namespace, line: str) -> None:
+    """Print on rank 0."""
+    if args.rank == 0:
+        print(line, flush=True)
+
+
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    vocabulary: int,
+    samples: fsdp_data.Samples,
+    device: torch.device,
+) -> None:
+    """Train, measure, log and save."""
+    optimizer = build_optimizer(args, model)
+    torch.manual_seed(args.seed + 1 + args.rank)  # dropout differs between ranks
+    progress = load_checkpoint(args, model, optimizer)
+    writer = None
+    if args.tensorboard_dir and args.rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(args.tensorboard_dir)
+    log = TrainingLog(args, writer)
+    sharpness = build_sharpness(args, model, optimizer, writer)
+    if sharpness is not None and progress["critical_sharpness"] is not None:
+        sharpness.load_state_dict(progress["critical_sharpness"])
+    consumed = progress["consumed_samples"]
+    iteration = progress["iteration"]
+    tokens_per_step = args.global_batch_size * args.seq_length
+
+    while iteration < args.train_iters:
+        iteration += 1
+        lr = learning_rate(args, iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        drawn = micro_batches(args, samples, consumed, vocabulary)
+        batches = [tokens.to(device, non_blocking=True) for tokens in drawn]
+        summed = torch.zeros((), dtype=torch.float64, device=device)
+        for tokens in batches:
+            loss, _ = loss_sum(model, tokens)
+            (loss * args.world_size / tokens_per_step).backward()  # FSDP2 averages over ranks
+            summed += loss.detach()
+        dist.all_reduce(summed)
+        mean = summed.item() / tokens_per_step
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise RuntimeError(
+                f"iteration {iteration}: lm loss {mean}, grad norm {norm}; nothing was updated"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        consumed += args.global_batch_size
+        if sharpness is not None:
+
+            def evaluate() -> tuple[Tensor, int]:
+                losses, counts = zip(*(loss_sum(model, tokens) for tokens in batches), strict=True)  # noqa: B023
+                return torch.stack(losses).double().sum(), sum(counts)
+
+            sharpness.after_step(iteration, evaluate, grad_norm=norm, consumed_samples=consumed)
+        log.add(
+            iteration,
+            consumed,
+            {"lm loss": mean, "learning-rate": lr, "grad-norm": norm.item()},
+        )
+        last = iteration == args.train_iters
+        if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
+            save_checkpoint(args, model, optimizer, sharpness, iteration, consumed)
+    if writer is not None:
+        writer.close()
+
+
+def build_sharpness(
+    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, writer: Any
+) -> CriticalSharpness | None:
+    """What measures, or None where it is off."""
+    settings = asdict(arguments.settings_of(args))
+    if not settings["every"]:
+        return None
+    log = arguments.log_path(args)
+    return CriticalSharpness(
+        model,
+        optimizer,
+        sinks=[
+            ConsoleSink(lambda line: say(args, line)),
+            *([JsonLinesSink(log)] if log else []),
+            *([TensorBoardSink(writer)] if writer else []),
+        ],
+        mode=args.critical_sharpness_mode,
+        offload=args.critical_sharpness_offload,
+        **settings,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; what cannot be is refused before processes meet."""
+    args = parse_arguments(argv)
+    check_folders(args)
+    model, vocabulary, tokenize = build_model(args)
+    documents, lengths = fsdp_data.read_documents(args, tokenize)
+    samples = fsdp_data.Samples(documents, lengths, args.seq_length, args.seed)
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    say(
+        args,
+        f" {type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{samples.count:,} samples of {args.seq_length} tokens, {args.world_size} processes on "
+        f"{device.type}",
+    )
+    given = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in WITHOUT_MEANING}
+    if ignored := [f"{flag} {value}".strip() for flag, value in given.items() if value is not None]:
+        say(args, f" without meaning under FSDP2, and ignored: {', '.join(ignored)}")
+    with attention(args):
+        shard(args, model, device)
+        train(args, model, vocabulary, samples, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        # What all ranks refuse is said once a node; after that, a rank may be the only one.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
+            print(f"launch/train_fsdp.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
