@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-from megatron.core.timers import Timers
 from megatron.core.utils import StragglerDetector
-from megatron.training import ft_integration, get_args, get_timers, global_vars
 from torch import Tensor
 
 from megatron_sharpness.meter import ProbeError
@@ -167,33 +165,35 @@ def first_error(error: Exception | None) -> str:
 
 
 @contextlib.contextmanager
-def quiet(model: Sequence[Any], config: Any, mode: str) -> Iterator[None]:
+def quiet(
+    model: Sequence[Any], config: Any, mode: str, switches: Iterable[tuple[Any, str, Any]]
+) -> Iterator[None]:
     """Megatron as a probe needs it, and afterwards as if nothing had happened.
 
     No result validation (NaN at a large η is an answer here), no timers, no straggler detection,
-    no gradient synchronization, fault-tolerance sections closed; random states, the model's
-    buffers and its mode put back in the end.
+    no gradient synchronization; random states, the model's buffers and its mode put back in the
+    end.
+
+    Args:
+        model: the model chunks of this rank.
+        config: their ``TransformerConfig``.
+        mode: ``eval`` or ``train``.
+        switches: owner, attribute and value of what the training loop itself has to be told.
     """
-    args, machine = get_args(), get_rerun_state_machine()
     detector = StragglerDetector._instance  # calling the class would configure it anew
     replaced = [
-        (args, "check_for_nan_in_loss_and_grad", False),
-        (args, "check_for_spiky_loss", False),
+        *switches,
         # Validation asserts that it is called inside a training pass; off, it still raises on NaN.
-        (machine, "mode", RerunMode.DISABLED),
+        (get_rerun_state_machine(), "mode", RerunMode.DISABLED),
         (config, "no_sync_func", None),  # forward-only schedules enter it and never leave
         (config, "param_sync_func", None),
         (config, "grad_sync_func", None),
         (config, "timers", None),
-        (global_vars, "_GLOBAL_TIMERS", Timers(0, "minmax")),
         (detector, "start", detector.null_method),
         (detector, "stop", detector.null_method),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     states, buffers = RandomStates(), copies_of_buffers(model)
-    interval = get_timers()("interval-time", log_level=0)
-    interval.stop()
-    ft_integration.on_training_step_end()
     for owner, name, value in replaced:
         setattr(owner, name, value)
     if mode == "eval":
@@ -209,5 +209,3 @@ def quiet(model: Sequence[Any], config: Any, mode: str) -> Iterator[None]:
             setattr(owner, name, value)
         write_buffers(model, buffers)
         states.restore()
-        ft_integration.on_training_step_start()
-        interval.start()

@@ -33,41 +33,41 @@ def global_name(name: str, first_layer: int, first_expert: int) -> str:
     return name.replace("output_layer.weight", "embedding.word_embeddings.weight")
 
 
-def install() -> None:
+def write_weights(model: Any, optimizer: Any) -> None:
+    """The canonical weights into a model as Megatron has built it, and into its optimizer."""
     from megatron.core import mpu
-    from megatron.training import training
 
+    for chunk in model:
+        core = chunk.module
+        while hasattr(core, "module"):
+            core = core.module
+        layers = core.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in core.named_parameters():
+            experts = sum(1 for n, _ in core.named_parameters()
+                          if "local_experts" in n and "linear_fc1.weight" in n
+                          and "layers.0." in n)
+            first_expert = mpu.get_expert_model_parallel_rank() * experts
+            dim = getattr(parameter, "partition_dim", -1)
+            shape, ranks, rank = list(parameter.shape), 1, 0
+            if getattr(parameter, "tensor_model_parallel", False) and dim >= 0:
+                ranks = mpu.get_tensor_model_parallel_world_size()
+                rank = mpu.get_tensor_model_parallel_rank()
+                shape[dim] *= ranks
+            full = full_parameter(
+                global_name(name, first_layer, first_expert), tuple(shape)
+            )
+            part = full.chunk(ranks, dim=dim)[rank] if ranks > 1 else full
+            with torch.no_grad():
+                parameter.copy_(part)
+    optimizer.reload_model_params()
+
+
+def keep_batches() -> None:
+    """Write the first recorded step's micro-batches down."""
     from megatron_sharpness.megatron import replay
 
-    real_setup, real_call = training.setup_model_and_optimizer, replay.RecordingSchedule.__call__
-
-    def setup(*args: Any, **kwargs: Any) -> Any:
-        model, optimizer, scheduler = real_setup(*args, **kwargs)
-        for chunk in model:
-            core = chunk.module
-            while hasattr(core, "module"):
-                core = core.module
-            layers = core.decoder.layers
-            first_layer = layers[0].layer_number - 1 if len(layers) else 0
-            for name, parameter in core.named_parameters():
-                experts = sum(1 for n, _ in core.named_parameters()
-                              if "local_experts" in n and "linear_fc1.weight" in n
-                              and "layers.0." in n)
-                first_expert = mpu.get_expert_model_parallel_rank() * experts
-                dim = getattr(parameter, "partition_dim", -1)
-                shape, ranks, rank = list(parameter.shape), 1, 0
-                if getattr(parameter, "tensor_model_parallel", False) and dim >= 0:
-                    ranks = mpu.get_tensor_model_parallel_world_size()
-                    rank = mpu.get_tensor_model_parallel_rank()
-                    shape[dim] *= ranks
-                full = full_parameter(
-                    global_name(name, first_layer, first_expert), tuple(shape)
-                )
-                part = full.chunk(ranks, dim=dim)[rank] if ranks > 1 else full
-                with torch.no_grad():
-                    parameter.copy_(part)
-        optimizer.reload_model_params()
-        return model, optimizer, scheduler
+    real_call = replay.RecordingSchedule.__call__
 
     def recorded(self: Any, **kwargs: Any) -> Any:
         result = real_call(self, **kwargs)
@@ -76,5 +76,18 @@ def install() -> None:
             torch.save(self._batches.seen, path)
         return result
 
-    training.setup_model_and_optimizer = setup
     replay.RecordingSchedule.__call__ = recorded
+
+
+def install() -> None:
+    from megatron.training import training
+
+    real_setup = training.setup_model_and_optimizer
+
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        model, optimizer, scheduler = real_setup(*args, **kwargs)
+        write_weights(model, optimizer)
+        return model, optimizer, scheduler
+
+    training.setup_model_and_optimizer = setup
+    keep_batches()

@@ -97,9 +97,9 @@ def non_repeating_loss() -> None:
         return loss + (1e-4 if calls % 2 else 0.0), tokens
 
     replay.reduce_loss = noisy
-    from megatron_sharpness.megatron import hook
+    from megatron_sharpness.megatron import step
 
-    hook.reduce_loss = noisy
+    step.reduce_loss = noisy
 
 
 def canonical() -> None:

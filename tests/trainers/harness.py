@@ -29,13 +29,17 @@ def require(name: str, package: str) -> list[str]:
 
     Args:
         name: of the framework: the extra that installs it, and its folder.
-        package: that is imported.
+        package: that is imported, with dots where it is inside of another.
     """
     if folders := os.environ.get("TRAINER_FRAMEWORKS"):
         folder = Path(folders, name)
-        if (folder / package).is_dir():
+        if (folder / package.replace(".", "/")).is_dir():
             return [str(folder)]
-    if importlib.util.find_spec(package) is None:
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is inside of
+        found = False
+    if not found:
         pytest.skip(
             f"{package} is not installed: pip install megatron-sharpness[{name}]",
             allow_module_level=True,

@@ -1,0 +1,218 @@
+"""Critical sharpness in Megatron-Bridge, as one of its training callbacks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from megatron_sharpness.errors import InputError, SettingError
+from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.meter import Meter, Settings, Sink
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
+
+try:
+    from megatron.bridge.training import train
+    from megatron.bridge.training.callbacks import Callback, CallbackContext
+    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+    from megatron.core.timers import Timers
+    from megatron.core.utils import get_model_config
+
+    from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
+    from megatron_sharpness.megatron.step import ObservedStep
+    from megatron_sharpness.megatron.support import refuse_unsupported
+except ImportError as error:
+    raise ImportError(
+        f"megatron_sharpness.megatron.bridge needs Megatron-Bridge ({error}): run it in NVIDIA's "
+        "NeMo Framework container, or pip install megatron-sharpness[bridge]"
+    ) from error
+
+
+class CriticalSharpnessCallback(Callback):
+    """Measures critical sharpness λ_c = 2/η_c (Def. 2.1) in Megatron-Bridge's training loop.
+
+    ::
+
+        pretrain(config, forward_step, callbacks=[CriticalSharpnessCallback(every=100)])
+
+    Make one for each call of ``pretrain`` or ``finetune``, before it. Records go to the run's
+    TensorBoard and W&B, to ``critical_sharpness.jsonl`` beside TensorBoard's logs and to the
+    training log.
+
+    Args:
+        every: measure at every iteration that this number divides; 0 is off.
+        sinks: where records go in addition, from the last rank, which is Bridge's logging one.
+        mode: ``train`` replays the step's own dropout masks; ``eval`` switches dropout off.
+        offload: ``cpu`` keeps the copy of the parameters in host memory.
+        settings: the other fields of :class:`~megatron_sharpness.meter.Settings`.
+
+    Raises:
+        InputError: something here cannot be measured with; the message says why and what to do.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        sinks: Sequence[Sink] = (),
+        *,
+        mode: Literal["train", "eval"] = "train",
+        offload: Literal["none", "cpu"] = "none",
+        **settings: Any,
+    ) -> None:
+        if mode not in ("train", "eval"):
+            raise SettingError("mode", mode, "give 'train' or 'eval'")
+        if offload not in ("none", "cpu"):
+            raise SettingError("offload", offload, "give 'none' or 'cpu'")
+        self._settings = Settings(every=every, **settings)
+        self._sinks = sinks
+        self._mode = mode
+        self._offload = offload == "cpu"
+        self._schedule: Any = None
+        self._recording: RecordingSchedule | None = None
+        self._observed: ObservedStep | None = None
+        self._watching = contextlib.ExitStack()
+        if every:
+            self._stand_in_for_schedule()
+
+    def _stand_in_for_schedule(self) -> None:
+        """Have the coming ``train()`` call :meth:`_forward_backward` for its schedule.
+
+        It fetches the schedule before its first event, and no event hands it out.
+        """
+        fetch = train.get_forward_backward_func
+
+        def fetch_once(*args: Any, **kwargs: Any) -> Any:
+            train.get_forward_backward_func = fetch
+            self._schedule = fetch(*args, **kwargs)
+            return self._forward_backward
+
+        train.get_forward_backward_func = fetch_once
+
+    def _forward_backward(self, **kwargs: Any) -> Any:
+        return (self._recording or self._schedule)(**kwargs)
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        state = context.state
+        if not self._settings.every:
+            return
+        dist_train = getattr(state.cfg.model, "dist_train", None)
+        if self._schedule is None or getattr(dist_train, "use_dist_train", False):
+            raise InputError(
+                "CriticalSharpnessCallback: this training loop runs a schedule that it could not "
+                "record. Make a new callback for every call of pretrain, before it, and leave it "
+                "out of MegatronMIMO's and DistTrain's loops."
+            )
+        refuse_unsupported(_options(context))
+        self._meter = Meter(self._settings, warn=lambda message: None)
+        self._meter.load_state_dict(
+            _StateLines.read(state.cfg.checkpoint.load, state.train_state.step)
+        )
+        if dist.get_rank() == dist.get_world_size() - 1:  # where Bridge's loggers are
+            self._meter.warn = _print
+            self._meter.sinks = [*_sinks(state, self._meter), *self._sinks]
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        if self._settings.due(context.state.train_state.step + 1):
+            self._recording = RecordingSchedule(self._schedule, context.model)
+            self._observed = ObservedStep(
+                context.optimizer, context.model, context.state.cfg.optimizer, offload=self._offload
+            )
+            self._watching.enter_context(self._observed.watching())
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        observed, recording, state = self._observed, self._recording, context.state
+        self._watching.close()
+        self._observed = self._recording = None
+        if observed is None or recording is None or not observed.happened:
+            return
+        with _undisturbed(context, self._mode):
+            observed.measure(
+                self._meter,
+                recording,
+                # Bridge counts this step and its samples after the event.
+                iteration=state.train_state.step + 1,
+                consumed_samples=state.train_state.consumed_train_samples
+                + get_current_running_global_batch_size(),
+                trained=self._mode == "train",
+            )
+
+
+def _options(context: CallbackContext) -> SimpleNamespace:
+    """The run's configuration under the names that Megatron's arguments have."""
+    cfg = context.state.cfg
+    parts = (cfg.dist, cfg.ddp, get_model_config(context.model[0]), cfg.optimizer)
+    return SimpleNamespace(**{name: value for part in parts for name, value in vars(part).items()})
+
+
+def _sinks(state: Any, meter: Meter) -> list[Sink]:
+    """Bridge's own loggers, the JSON lines and the state."""
+    sinks: list[Sink] = [ConsoleSink(_print)]
+    if (folder := state.cfg.logger.tensorboard_dir) is not None:
+        sinks.append(JsonLinesSink(Path(folder) / "critical_sharpness.jsonl"))
+    if (writer := state.tensorboard_logger) is not None:
+        sinks.append(TensorBoardSink(writer))
+    if (run := state.wandb_logger) is not None:
+        sinks.append(WandbSink(run))
+    if (folder := state.cfg.checkpoint.save) is not None and "://" not in folder:
+        sinks.append(_StateLines(folder, meter))
+    return sinks
+
+
+_print = functools.partial(print, flush=True)
+
+
+@contextlib.contextmanager
+def _undisturbed(context: CallbackContext, mode: str) -> Iterator[None]:
+    """Outside of the time and the operations that Bridge counts for a step, and without checks."""
+    state = context.state
+    checks = state.cfg.rerun_state_machine
+    switches = [
+        (checks, "check_for_nan_in_loss", False),
+        (checks, "check_for_spiky_loss", False),
+        (state, "_timers", Timers(0, "minmax")),
+    ]
+    operations = {name: value for name, value in vars(state).items() if name.startswith("_flops")}
+    interval = state.timers("interval-time", log_level=0)
+    interval.stop()
+    try:
+        with quiet(context.model, get_model_config(context.model[0]), mode, switches):
+            yield
+    finally:
+        vars(state).update(operations)
+        interval.start()
+
+
+class _StateLines:
+    """A sink that keeps the meter's state: one line a measurement, beside Bridge's checkpoints,
+    which have no place for a callback's state."""
+
+    NAME = "critical_sharpness_state.jsonl"
+
+    def __init__(self, folder: str, meter: Meter) -> None:
+        self.folder = Path(folder)
+        self.meter = meter
+
+    def write(self, measurement: Measurement) -> None:
+        line = {"iteration": measurement.iteration, "state": self.meter.state_dict()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / self.NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | None, step: int) -> dict[str, Any]:
+        """The state at the checkpoint of ``step``. Collective: rank 0 reads for all."""
+        found: list[Any] = [{}]
+        if folder is not None and dist.get_rank() == 0:
+            paths = Path(folder, cls.NAME), Path(folder).parent / cls.NAME  # of iter_0001000 itself
+            lines = [json.loads(line) for path in paths if path.is_file() for line in path.open()]
+            past = [{"iteration": 0, "state": {}}] + [x for x in lines if x["iteration"] <= step]
+            # Iterations that were trained again have several lines, the last of which counts.
+            found = [sorted(past, key=lambda line: line["iteration"])[-1]["state"]]
+        dist.broadcast_object_list(found, src=0)
+        return dict(found[0])

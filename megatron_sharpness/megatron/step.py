@@ -1,0 +1,162 @@
+"""One optimizer step of megatron-core's, observed and measured, whichever loop makes it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.megatron.replay import RecordingSchedule, first_error, reduce_loss
+from megatron_sharpness.megatron.shards import MegatronLine
+from megatron_sharpness.meter import Meter, Step
+
+
+class ObservedStep:
+    """One optimizer step seen from both sides, its learning rate and its outcome.
+
+    Args:
+        optimizer: the ``MegatronOptimizer`` that makes the step.
+        model: the model chunks of this rank.
+        options: what has ``optimizer``, ``adam_beta1`` and ``clip_grad``: an ``OptimizerConfig``,
+            or Megatron's arguments.
+        offload: keep the copies of the parameters in host memory.
+    """
+
+    def __init__(self, optimizer: Any, model: Any, options: Any, *, offload: bool) -> None:
+        self.optimizer = optimizer
+        self.options = options
+        self.line = MegatronLine(model, offload=offload)
+        self.happened = False
+        self._lr = 0.0
+        self._weight_decay = 0.0
+        self._outcome: tuple[bool, float | None] = (False, None)
+        self._error: Exception | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it ``optimizer.step`` keeps θ_t before it steps."""
+        attributes = vars(self.optimizer)
+        replaced = attributes.get("step")  # a graph wrapper may have been set on the instance
+        step = self.optimizer.step
+
+        def watched_step(*args: Any, **kwargs: Any) -> Any:
+            self._before()
+            result = step(*args, **kwargs)
+            self._outcome = (bool(result[0]), result[1])
+            self.happened = True
+            return result
+
+        self.optimizer.step = watched_step
+        try:
+            yield
+        finally:
+            if replaced is None:
+                del self.optimizer.step
+            else:
+                self.optimizer.step = replaced
+
+    def measure(
+        self,
+        meter: Meter,
+        schedule: RecordingSchedule,
+        *,
+        iteration: int,
+        consumed_samples: int,
+        trained: bool,
+    ) -> Measurement:
+        """Measure the step, and leave the model at θ_{t+1}. Collective.
+
+        Where ``trained`` is False the probes do not evaluate the loss that was trained on.
+        """
+        step = self._agree(iteration, consumed_samples, schedule, trained)
+        try:
+            return meter.measure(step, lambda eta: self._probe(schedule, eta / step.lr))
+        finally:
+            self.line.restore()
+
+    def _before(self) -> None:
+        try:
+            for group in self.optimizer.param_groups:
+                if group["params"] and not group.get("is_decoupled_lr", False):
+                    self._lr = max(self._lr, float(group["lr"]))
+                    self._weight_decay = max(self._weight_decay, float(group["weight_decay"]))
+            self.line.begin(self.optimizer)
+        except Exception as caught:  # out of memory, say: the step itself goes on
+            self._error = caught
+            self.line.release()
+
+    def _agree(
+        self, iteration: int, consumed_samples: int, schedule: RecordingSchedule, trained: bool
+    ) -> Step:
+        """The step as all ranks see it, ready for probes. Collective."""
+        started = time.perf_counter()
+        success, grad_norm = self._outcome
+        if success and self._error is None:
+            try:
+                self.line.end()
+            except Exception as caught:
+                self._error = caught
+        flags = torch.tensor(
+            [self._error is not None, not success, self._lr, self._weight_decay],
+            dtype=torch.float64,
+            device=torch.cuda.current_device(),
+        )
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        failed, skipped, lr, weight_decay = flags.tolist()
+        seen = Step(
+            iteration=iteration,
+            consumed_samples=consumed_samples,
+            lr=lr,
+            weight_decay=weight_decay,
+            beta1=self.options.adam_beta1 if self.options.optimizer == "adam" else None,
+            skipped=bool(skipped),
+            failed=first_error(self._error) if failed else None,
+            started=started,
+        )
+        if failed or skipped or lr == 0.0:
+            self.line.release()
+            return seen
+        loss, tokens = reduce_loss(schedule.losses, None)
+        products = self.line.products()
+        dist.broadcast(products, src=0)
+        decrease, squared_norm = products.tolist()
+        return dataclasses.replace(
+            seen,
+            training_loss=loss if trained else None,
+            tokens=tokens,
+            slope=decrease / lr / self._clip_coefficient(grad_norm),
+            update_norm=math.sqrt(squared_norm) / lr,
+        )
+
+    def _clip_coefficient(self, grad_norm: float | None) -> float:
+        """What Megatron has multiplied the gradients by (clip_grads.py)."""
+        limit = float(self.options.clip_grad)
+        if not limit or not grad_norm:
+            return 1.0
+        return min(1.0, limit / (float(grad_norm) + 1e-6))
+
+    def _probe(self, schedule: RecordingSchedule, fraction: float) -> float:
+        """The loss at θ_t + fraction·(θ_{t+1} − θ_t), the same number on every rank.
+
+        A rank that could not write its weights makes the collectives that the others wait in all
+        the same, and says so in the reduction of the loss.
+        """
+        losses, error = None, None
+        try:
+            self.line.move(fraction)
+        except Exception as caught:
+            error = caught
+        self.line.sync()
+        try:
+            losses = schedule.replay()
+        except Exception as caught:
+            error = error or caught
+        loss, _ = reduce_loss(losses, error)
+        return loss
