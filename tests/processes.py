@@ -18,6 +18,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def rank_environment(processes: int) -> list[dict[str, str]]:
+    """What torchrun would add to the environment of each rank."""
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        for rank in range(processes)
+    ]
+
+
 def start_ranks(
     arguments: Sequence[str],
     folder: Path,
@@ -28,27 +46,15 @@ def start_ranks(
 ) -> list[subprocess.Popen[bytes]]:
     """``python *arguments`` in ``folder`` as ranks 0…; each writes ``output<rank>.txt`` there."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    search = {"PYTHONPATH": os.pathsep.join([str(ROOT), *pythonpath])}
     started = []
-    for rank in range(processes):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *pythonpath]),
-            **(environment or {}),
-        }
+    for rank, variables in enumerate(rank_environment(processes)):
         with (folder / f"output{rank}.txt").open("wb") as output:
             started.append(
                 subprocess.Popen(
                     [sys.executable, *arguments],
-                    env=env, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+                    env={**os.environ, **variables, **search, **(environment or {})},
+                    stdout=output, stderr=subprocess.STDOUT, cwd=folder,
                 )
             )  # fmt: skip
     return started

@@ -6,13 +6,18 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.processes import ROOT, free_port, start_ranks
+from tests.megatron.forks import Fork
+from tests.processes import ROOT, free_port, rank_environment, start_ranks
 
 __all__ = ["MODEL", "OBSERVED", "ROOT", "Run", "finish", "free_port", "run", "start"]
+
+#: A process that trains.
+Rank = subprocess.Popen[bytes] | Fork
 
 OBSERVED = Path(__file__).with_name("observed_pretrain.py")
 
@@ -77,22 +82,30 @@ def start(
     environment: dict[str, str] | None = None,
     pythonpath: list[str] | None = None,
     module: str | None = "megatron_sharpness.megatron",
-) -> list[subprocess.Popen[bytes]]:
-    """Start ``processes`` processes of a training script as torchrun would."""
-    command = [*(["-m", module] if module else []), str(script)]
-    command += [*model.split(), *flags.split(), "--tensorboard-dir", str(folder / "tensorboard")]
+) -> list[Rank]:
+    """Start ``processes`` processes of a training script as torchrun would.
+
+    They are forks of one that has the installed Megatron imported, unless another one is to be
+    used (``pythonpath``), or our module is not (``module``).
+    """
+    command = [str(script), *model.split(), *flags.split()]
+    command += ["--tensorboard-dir", str(folder / "tensorboard")]
     if every:
         command += ["--measure-critical-sharpness-every", str(every)]
+    environment = {"OBSERVED_OUT": str(folder), **(environment or {})}
+    if module is not None and pythonpath is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [
+            Fork(command, {**variables, **environment}, folder, folder / f"output{rank}.txt")
+            for rank, variables in enumerate(rank_environment(processes))
+        ]
+    command = [*(["-m", module] if module else []), *command]
     return start_ranks(
-        command,
-        folder,
-        processes,
-        environment={"OBSERVED_OUT": str(folder), **(environment or {})},
-        pythonpath=pythonpath or (),
+        command, folder, processes, environment=environment, pythonpath=pythonpath or ()
     )
 
 
-def finish(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> Run:
+def finish(processes: Sequence[Rank], folder: Path, timeout: float) -> Run:
     """Wait for all; once one has failed, the others are given a little time and then ended."""
     deadline = time.monotonic() + timeout
     try:
