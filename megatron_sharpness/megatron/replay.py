@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.utils import StragglerDetector
-from torch import Tensor
 
-from megatron_sharpness.meter import ProbeError
+from megatron_sharpness.replay import Buffers, RandomStates, reduce_loss
 
 
 class RecordingSchedule:
@@ -31,22 +27,19 @@ class RecordingSchedule:
         self.losses: Any = []
         self._kwargs: dict[str, Any] = {}
         self._batches: Any = None
-        self._random: RandomStates | None = None
-        self._buffers: list[Tensor] = []
+        self._before: list[RandomStates | Buffers] = []
 
     def __call__(self, **kwargs: Any) -> Any:
         self._kwargs = kwargs
-        self._random = RandomStates()
-        self._buffers = copies_of_buffers(self.model)
+        self._before = [MegatronRandomStates(), _buffers_of(self.model)]
         self._batches = _map_iterators(kwargs["data_iterator"], _Tee)
         self.losses = self.schedule(**{**kwargs, "data_iterator": self._batches})
         return self.losses
 
     def replay(self) -> Any:
         """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights."""
-        assert self._random is not None, "nothing was recorded"
-        self._random.restore()
-        write_buffers(self.model, self._buffers)
+        for state in self._before:
+            state.restore()
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
         with torch.no_grad():  # forward_only alone does not disable gradients
             return self.schedule(**{**self._kwargs, "data_iterator": batches, "forward_only": True})
@@ -83,14 +76,11 @@ def _map_iterators(iterators: Any, function: Callable[[Any], Any]) -> Any:
     return None if iterators is None else function(iterators)
 
 
-class RandomStates:
-    """All random states that a forward pass may draw from, as they are now."""
+class MegatronRandomStates(RandomStates):
+    """All random states that Megatron's forward pass may draw from, as they are now."""
 
     def __init__(self) -> None:
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state()
+        super().__init__()
         self._tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
         # Transformer Engine's tracker holds generators, which move on in place.
         self._generators = {
@@ -100,68 +90,39 @@ class RandomStates:
         }
 
     def restore(self) -> None:
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        torch.cuda.set_rng_state(self._cuda)
+        super().restore()
         for generator, state in self._generators.items():
             generator.set_state(state)
         tensor_parallel.get_cuda_rng_tracker().set_states(dict(self._tracker))
 
 
-def _buffers_of(model: Sequence[Any]) -> Iterator[Tensor]:
-    for chunk in model:  # DDP shadows .buffers with a list of its own
-        yield from chunk.module.buffers()
+def _buffers_of(model: Sequence[Any]) -> Buffers:
+    return Buffers(chunk.module for chunk in model)  # DDP shadows .buffers with a list of its own
 
 
-def copies_of_buffers(model: Sequence[Any]) -> list[Tensor]:
-    return [buffer.detach().clone() for buffer in _buffers_of(model)]
-
-
-def write_buffers(model: Sequence[Any], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for buffer, value in zip(_buffers_of(model), values, strict=True):
-            buffer.copy_(value)
-
-
-def reduce_loss(losses: Any, error: Exception | None) -> tuple[float, int]:
-    """Mean loss a token over all micro-batches and ranks, and the number of tokens.
+def reduce_losses(losses: Any, error: Exception | None) -> tuple[float, int]:
+    """Mean loss a token over all micro-batches and ranks, and the number of tokens. Collective.
 
     ``losses`` are a pass's loss dictionaries, of which Megatron's first entry is the language-model
     loss, [sum, tokens] or, as older scripts report it, the mean alone. They count on the last
-    pipeline stage and one tensor-parallel rank; data- and context-parallel ranks add up. An error
-    on any rank travels in the same reduction, so that all ranks give up together.
-
-    Returns:
-        The same numbers on every rank: rank 0's.
-
-    Raises:
-        ProbeError: ``error`` was given on some rank.
+    pipeline stage and one tensor-parallel rank; data- and context-parallel ranks add up. Returns
+    and raises as :func:`~megatron_sharpness.replay.reduce_loss` does.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    if error is not None:
-        sums[2] = 1.0
-    elif mpu.is_pipeline_last_stage(ignore_virtual=True) and (
-        mpu.get_tensor_model_parallel_rank() == 0
+    sums = torch.zeros(2, dtype=torch.float64, device=current_device())
+    if error is None and (
+        mpu.is_pipeline_last_stage(ignore_virtual=True)
+        and mpu.get_tensor_model_parallel_rank() == 0
     ):
         for micro_batch in losses:
             value = next(iter(micro_batch.values())).detach().double().view(-1)
             sums[0] += value[0]
             sums[1] += value[1] if value.numel() > 1 else 1.0
-    dist.all_reduce(sums)
-    dist.broadcast(sums, src=0)
-    total, tokens, failures = sums.tolist()
-    if failures:
-        raise ProbeError(first_error(error))
-    return (total / tokens if tokens else float("nan")), int(tokens)
+    return reduce_loss(sums[0], sums[1], error, current_device())
 
 
-def first_error(error: Exception | None) -> str:
-    """The error of the lowest rank that has one, and which rank that is. Collective."""
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    rank, text = next((rank, text) for rank, text in enumerate(errors) if text is not None)
-    return f"rank {rank}: {text}"
+def current_device() -> torch.device:
+    """Where Megatron's process groups reduce."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextlib.contextmanager
@@ -193,7 +154,7 @@ def quiet(
         (detector, "stop", detector.null_method),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    states, buffers = RandomStates(), copies_of_buffers(model)
+    states, buffers = MegatronRandomStates(), _buffers_of(model)
     for owner, name, value in replaced:
         setattr(owner, name, value)
     if mode == "eval":
@@ -207,5 +168,5 @@ def quiet(
                 chunk.train()
         for owner, name, value in saved:
             setattr(owner, name, value)
-        write_buffers(model, buffers)
+        buffers.restore()
         states.restore()

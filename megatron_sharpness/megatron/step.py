@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.megatron.replay import RecordingSchedule, first_error, reduce_loss
+from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, reduce_losses
 from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.meter import Meter, Step
+from megatron_sharpness.replay import all_max, first_error
 
 
 class ObservedStep:
@@ -106,10 +107,8 @@ class ObservedStep:
         flags = torch.tensor(
             [self._error is not None, not success, self._lr, self._weight_decay],
             dtype=torch.float64,
-            device=torch.cuda.current_device(),
         )
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        failed, skipped, lr, weight_decay = flags.tolist()
+        failed, skipped, lr, weight_decay = all_max(flags, current_device()).tolist()
         seen = Step(
             iteration=iteration,
             consumed_samples=consumed_samples,
@@ -123,7 +122,7 @@ class ObservedStep:
         if failed or skipped or lr == 0.0:
             self.line.release()
             return seen
-        loss, tokens = reduce_loss(schedule.losses, None)
+        loss, tokens = reduce_losses(schedule.losses, None)
         products = self.line.products()
         dist.broadcast(products, src=0)
         decrease, squared_norm = products.tolist()
@@ -158,5 +157,5 @@ class ObservedStep:
             losses = schedule.replay()
         except Exception as caught:
             error = error or caught
-        loss, _ = reduce_loss(losses, error)
+        loss, _ = reduce_losses(losses, error)
         return loss

@@ -88,7 +88,7 @@ def death_of_last_rank() -> None:
 
 def non_repeating_loss() -> None:
     """A forward pass that answers differently every time, on the same weights."""
-    real, calls = replay.reduce_loss, 0
+    real, calls = replay.reduce_losses, 0
 
     def noisy(losses: Any, error: Exception | None) -> tuple[float, int]:
         nonlocal calls
@@ -96,10 +96,10 @@ def non_repeating_loss() -> None:
         loss, tokens = real(losses, error)
         return loss + (1e-4 if calls % 2 else 0.0), tokens
 
-    replay.reduce_loss = noisy
+    replay.reduce_losses = noisy
     from megatron_sharpness.megatron import step
 
-    step.reduce_loss = noisy
+    step.reduce_losses = noisy
 
 
 def canonical() -> None:

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 
-from megatron_sharpness.megatron.replay import reduce_loss  # noqa: E402
+from megatron_sharpness.megatron.replay import reduce_losses  # noqa: E402
 from megatron_sharpness.meter import ProbeError  # noqa: E402
 
 dist.init_process_group("gloo")
@@ -30,8 +30,8 @@ sums = [
 ]
 means = [{"lm loss": torch.tensor(2.0 + rank)}, {"lm loss": torch.tensor([4.0 + rank])}]
 try:
-    reduce_loss(sums, ValueError("injected") if rank == 1 else None)
+    reduce_losses(sums, ValueError("injected") if rank == 1 else None)
 except ProbeError as caught:
     error = str(caught)
-result = {"sums": reduce_loss(sums, None), "means": reduce_loss(means, None), "error": error}
+result = {"sums": reduce_losses(sums, None), "means": reduce_losses(means, None), "error": error}
 Path(os.environ["OBSERVED_OUT"], f"rank{rank}.json").write_text(json.dumps(result))

@@ -14,7 +14,7 @@ import random
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
-from megatron_sharpness.megatron.replay import RandomStates
+from megatron_sharpness.megatron.replay import MegatronRandomStates
 
 generator = torch.Generator()  # what Transformer Engine's tracker holds: it moves on in place
 tracker = tensor_parallel.get_cuda_rng_tracker()
@@ -26,7 +26,7 @@ def draw():
     return (random.random(), np.random.rand(), float(with_tracker), float(torch.rand(1)),
             float(torch.rand(1, generator=generator)), float(tracker.states_["tensor"].sum()))
 
-states = RandomStates()
+states = MegatronRandomStates()
 first = draw()
 tracker.states_["tensor"] = torch.zeros(3)
 states.restore()
