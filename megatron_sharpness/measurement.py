@@ -59,8 +59,9 @@ class Measurement:
         critical_sharpness: λ_c = 2/η_c (Def. 2.1).
         directional_sharpness: λ_dir = ΔθᵀHΔθ / ⟨g, Δθ⟩ (Result 2.1), estimated from the probes as
             :func:`megatron_sharpness.search.estimate_directional_sharpness` says.
-        edge_of_stability: 2/η − γ, the line for λ_c and for λ_max of the Hessian, γ being the
-            decoupled weight decay.
+        edge_of_stability: 2/η − γ, the line for λ_max of the Hessian, γ being the decoupled weight
+            decay, and for λ_c where γ is small beside 2/η. Along an update that holds the decay
+            λ_c itself settles at 2/η (experiments/weight_decay).
         edge_of_stability_preconditioned: (2/η − γ)(1 + β₁)/(1 − β₁), the line for λ_max of the
             pre-conditioned Hessian under Adam (Result 3.1).
         lr_over_critical: η/η_c; the step alone would raise the loss where it is above 1.

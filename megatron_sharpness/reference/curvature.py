@@ -47,13 +47,14 @@ class ExactCurvature:
     Attributes:
         directional_sharpness: λ_dir = ΔθᵀHΔθ / ⟨g, Δθ⟩ along the update (Result 2.1), to which λ_c
             tends where the loss is quadratic. Never above ``hessian_sharpness`` where Δθ = g.
-        hessian_sharpness: λ_max^H, the largest eigenvalue of the Hessian H.
+        hessian_sharpness: λ_max^H, the largest eigenvalue of the Hessian H; None where it was not
+            asked for.
         preconditioned_sharpness: λ_max^PH, the largest eigenvalue of P^{-1/2} H P^{-1/2} with the P
             of Adam (:func:`adam_preconditioner`); None under other optimizers.
     """
 
     directional_sharpness: float
-    hessian_sharpness: float
+    hessian_sharpness: float | None
     preconditioned_sharpness: float | None
 
 
@@ -63,6 +64,8 @@ def exact_curvature(
     start: Sequence[Tensor],
     lr: float,
     loss: Callable[[], Tensor],
+    *,
+    hessian: bool = True,
 ) -> ExactCurvature:
     """The exact curvature at θ_t along the step that ``optimizer`` has just made.
 
@@ -80,6 +83,7 @@ def exact_curvature(
         lr: η of the step; with several groups the largest one, as in the record.
         loss: the mean loss of the step's batch at the model's weights, with its graph. It must
             repeat: no dropout.
+        hessian: whether to compute λ_max^H too; without it a step under Adam costs half.
 
     Raises:
         InputError: the model is sharded, compiled, too large or in 16 bits, or its loss does not
@@ -93,22 +97,23 @@ def exact_curvature(
     ]
     update = [(before - parameter.detach()) / lr for parameter, before in trained]
     with _at(trained), sdpa_kernel(SDPBackend.MATH):  # flash attention has no second derivative
-        hessian = HessianOperator(model, [None], lambda _model, _batch: loss())
+        product = HessianOperator(model, [None], lambda _model, _batch: loss())
         flat = _flat(update)
         gradient = _flat(torch.autograd.grad(loss(), [parameter for parameter, _ in trained]))
-        directional = torch.dot(flat, hessian.matvec(flat)) / torch.dot(gradient, flat)
+        directional = torch.dot(flat, product.matvec(flat)) / torch.dot(gradient, flat)
         preconditioned = None
         if isinstance(optimizer, (Adam, AdamW)):
             scale = _flat(adam_preconditioner(optimizer, [p for p, _ in trained])).rsqrt()
             preconditioned = largest_eigenvalue(
                 LambdaOperator(
-                    lambda v: scale * hessian.matvec(scale * v),
-                    hessian.size,
-                    hessian.device,
-                    hessian.dtype,
+                    lambda v: scale * product.matvec(scale * v),
+                    product.size,
+                    product.device,
+                    product.dtype,
                 )
             )
-        return ExactCurvature(float(directional), largest_eigenvalue(hessian), preconditioned)
+        largest = largest_eigenvalue(product) if hessian else None
+        return ExactCurvature(float(directional), largest, preconditioned)
 
 
 def adam_preconditioner(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,184 @@
+"""``python -m experiments.claims``: the paper's claims beside what the committed records say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from experiments import training
+from experiments.adam_edge import run as adam_edge
+from experiments.batch import run as batch
+from experiments.fcn import run as fcn
+from experiments.gpt_wsd import run as gpt
+from experiments.weight_decay import run as weight_decay
+
+HERE = Path(__file__).parent
+Runs = dict[str, list[training.Row]]
+
+
+#: What the paper says, the case that a number of ours is of, the number, and the range in which it
+#: bears the claim out.
+Found = Iterator[tuple[str, str, float, float, float]]
+
+STAY_BELOW = "mini-batch training stays below 2/η: λ_c · η/2"
+DECAY = "λ_c rises when the learning rate decays, and not without: λ_c at the end / stable phase"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and one number of ours that bears it out, or does not."""
+
+    experiment: str
+    text: str
+    case: str
+    measured: float
+    lowest: float
+    highest: float
+
+    @property
+    def holds(self) -> bool:
+        return self.lowest <= self.measured <= self.highest
+
+
+def claims() -> Iterator[Claim]:
+    """All claims, from ``experiments/*/records``."""
+    for name, function in (
+        ("uv", uv_claims), ("fcn", fcn_claims), ("adam_edge", adam_claims),
+        ("weight_decay", decay_claims), ("gpt_wsd", gpt_claims), ("batch", batch_claims),
+    ):  # fmt: skip
+        for text, case, measured, lowest, highest in function(training.read(HERE / name)):
+            yield Claim(name, text, case, float(measured), lowest, highest)
+
+
+def uv_claims(runs: Runs) -> Found:
+    text = "early sharpness reduction where training starts above the edge: λ_c · η/2"
+    reduced = training.column(runs["sharpness-reduction"], "critical_sharpness")
+    line = runs["sharpness-reduction"][0]["edge_of_stability"]
+    yield text, "at the start", reduced[0] / line, 1.0, 2.0
+    yield text, "at the end", reduced[-1] / line, 0.0, 0.9
+    sharpened = training.column(runs["progressive-sharpening"], "critical_sharpness")
+    last = runs["progressive-sharpening"][-1]
+    text = "λ_c sharpens progressively, to the λ_max of the minimum"
+    yield text, "λ_c at the end / at the start", sharpened[-1] / sharpened[0], 2.0, np.inf
+    ratio = last["critical_sharpness"] / last["hessian_sharpness"]
+    yield text, "λ_c / λ_max at the end", ratio, 0.98, 1.02
+    orbit = runs["edge-of-stability"][-16:]
+    mean = np.average(
+        training.column(orbit, "critical_sharpness"), weights=training.column(orbit, "slope")
+    )
+    text = "beyond the edge training oscillates about it: mean λ_c · η/2"
+    yield text, "period two", mean * orbit[0]["lr"] / 2, 0.95, 1.05
+
+
+def fcn_claims(runs: Runs) -> Found:
+    full = runs["full-batch"]
+    text = "full-batch descent settles at the edge of stability (Fig. 3): curvature · η/2"
+    for label, field in (
+        ("λ_c", "critical_sharpness"), ("λ_dir", "exact_directional_sharpness"),
+        ("λ_max", "hessian_sharpness"),
+    ):  # fmt: skip
+        yield text, label, fcn.plateau(full, field), 0.95, 1.05
+    for name in ("batch-100", "batch-25"):
+        value = fcn.plateau(runs[name], "critical_sharpness")
+        yield STAY_BELOW, name.replace("-", " of "), value, 0.1, 0.95
+    everything = [row for rows in runs.values() for row in rows if "hessian_sharpness" in row]
+    ratio = training.column(everything, "exact_directional_sharpness") / training.column(
+        everything, "hessian_sharpness"
+    )
+    text = "λ_dir ≤ λ_max along the gradient (Result 2.1): λ_dir / λ_max"
+    yield text, f"largest of {len(everything)} records", ratio.max(), 0.0, 1.0 + 1e-3
+
+
+def adam_claims(runs: Runs) -> Found:
+    found = {b: adam_edge.plateau(runs[f"beta1-{b:g}"]) for b in adam_edge.RATES}
+    text = "under Adam λ_c settles at 2/η whatever β₁ is: λ_c · η/2"
+    for beta1, values in found.items():
+        yield text, f"β₁ = {beta1:g}", values["critical_sharpness"], 0.95, 1.05
+    text = "and λ_max^PH at (2/η)(1 + β₁)/(1 − β₁) (Result 3.1): the ratio of the two"
+    for beta1, values in found.items():
+        # The oscillation raises the curvature that it is seen at: 10 %.
+        yield text, f"β₁ = {beta1:g}", values["preconditioned_sharpness"], 0.9, 1.1
+
+
+def decay_claims(runs: Runs) -> Found:
+    text = "weight decay moves the edge of λ_max to 2/η − γ (Result 3.1): λ_max / (2/η − γ)"
+    for decay in weight_decay.DECAYS[1:]:
+        found = weight_decay.edges(runs[f"decay-{decay:g}"])
+        ratio = found["hessian_sharpness"] / found["2/lr - decay"]
+        yield text, f"γ = {decay:g}", ratio, 0.99, 1.01
+
+
+def gpt_claims(runs: Runs) -> Found:
+    for peak in gpt.RATES:
+        rows = [row for row in runs[f"wsd-{peak:g}"] if row["iteration"] > 2 * gpt.WARMUP]
+        share = np.nanmax(training.column(rows, "lr_over_critical"))
+        yield f"{STAY_BELOW}, at most", f"GPT, η = {peak:g}", share, 0.1, 0.95
+    for schedule, lowest, highest in (("wsd", 1.3, np.inf), ("constant", 0.6, 1.2)):
+        for peak in gpt.RATES:
+            ratio = rise(runs[f"{schedule}-{peak:g}"])
+            yield DECAY, f"{schedule}, η = {peak:g}", ratio, lowest, highest
+    everything = [
+        row
+        for name, rows in runs.items()
+        for row in rows
+        # until the decay both schedules are one run
+        if "preconditioned_sharpness" in row
+        and ("wsd" in name or row["iteration"] > gpt.STEPS - gpt.DECAY)
+    ]
+    correlation = spearmanr(
+        training.column(everything, "critical_sharpness"),
+        training.column(everything, "preconditioned_sharpness"),
+    ).statistic
+    text = "λ_c and λ_max^PH tell the same (Fig. 1): rank correlation"
+    yield text, f"{len(everything)} records of six runs", correlation, 0.7, 1.0
+
+
+def rise(rows: list[training.Row]) -> float:
+    """Median λ_c in the last 20 steps over that in the 100 steps before a decay would begin."""
+    steps, values = training.column(rows, "iteration"), training.column(rows, "critical_sharpness")
+    decay = gpt.STEPS - gpt.DECAY
+    stable = np.nanmedian(values[(steps > decay - 100) & (steps <= decay)])
+    return float(np.nanmedian(values[steps > gpt.STEPS - 20]) / stable)
+
+
+def batch_claims(runs: Runs) -> Found:
+    own, other = (
+        [np.median(batch.sharpness_of(rows, name)) for rows in runs.values()]
+        for name in batch.BATCHES
+    )
+    sizes = [size * gpt.LENGTH for size in batch.SIZES]
+    text = "λ_c grows with the size of the step's own batch (ours)"
+    yield text, f"{sizes[-1]} tokens / {sizes[0]} tokens", own[-1] / own[0], 1.0, np.inf
+    text = "and reads higher on another batch: λ_c there / on the step's own (ours)"
+    for position in (0, -1):
+        ratio = other[position] / own[position]
+        yield text, f"{sizes[position]} tokens", ratio, 1.0, np.inf
+
+
+def table(folder: str) -> str:
+    """The claims as a Markdown table, whose links begin at ``folder``."""
+    lines = ["| claim | measured | holds in | where |", "|---|---|---|---|"]
+    for (text, experiment), group in itertools.groupby(
+        claims(), key=lambda claim: (claim.text, claim.experiment)
+    ):
+        cases = list(group)
+        measured = "; ".join(f"{claim.case}: {claim.measured:#.3g}" for claim in cases)
+        ranges = "; ".join(dict.fromkeys(_range(claim) for claim in cases))
+        where = f"[{experiment}]({folder}{experiment}/README.md)"
+        lines.append(f"| {text} | {measured} | {ranges} | {where} |")
+    return "\n".join(lines)
+
+
+def _range(claim: Claim) -> str:
+    if claim.highest == np.inf:
+        return f"> {claim.lowest:g}"
+    return f"{claim.lowest:g} to {claim.highest:g}"
+
+
+if __name__ == "__main__":
+    print(table("experiments/"))

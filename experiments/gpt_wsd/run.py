@@ -1,0 +1,87 @@
+"""A byte-level GPT with AdamW under two schedules and three learning rates (Fig. 1, 4, 7, 8)."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments import training
+from megatron_sharpness.data import END_OF_DOCUMENT, VOCAB_SIZE, python_prose
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
+
+from fsdp_gpt import GPT, GPTConfig
+
+RATES = (2e-3, 5e-3, 1.2e-2)
+SCHEDULES = ("wsd", "constant")
+WARMUP, DECAY, STEPS = 50, 120, 400
+#: Of its peak, at the end of the decay.
+LAST_RATE = 0.05
+EVERY, EXACT_EVERY = 5, 50
+SEQUENCES, LENGTH = 16, 64
+WEIGHT_DECAY = 0.1
+
+
+def learning_rate(schedule: str, peak: float, step: int) -> float:
+    """Linear warm-up, and then constant, or constant and linear decay (WSD)."""
+    rate = peak * min(1.0, step / WARMUP)
+    if schedule == "wsd" and step > STEPS - DECAY:
+        done = (step - (STEPS - DECAY)) / DECAY
+        rate = peak * (1.0 - done * (1.0 - LAST_RATE))
+    return rate
+
+
+@functools.cache
+def text() -> Tensor:
+    """Python's language reference as bytes."""
+    documents = [
+        np.append(np.frombuffer(document, np.uint8).astype(np.int64), END_OF_DOCUMENT)
+        for document in python_prose()
+    ]
+    return torch.from_numpy(np.concatenate(documents))
+
+
+def batch_at(step: int, sequences: int = SEQUENCES) -> Tensor:
+    """Tokens of a step, [sequences, length + 1], the same in every run."""
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(text()) - LENGTH - 1, (sequences,), generator=generator)
+    return torch.stack([text()[start : start + LENGTH + 1] for start in starts.tolist()])
+
+
+def model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(
+        GPTConfig(
+            num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=VOCAB_SIZE,
+            max_position_embeddings=LENGTH, position_embedding_type="rope",
+            attention_dropout=0.0, hidden_dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        network.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
+    )
+
+
+def loss(network: nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy a token, in nats."""
+    logits = network(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def run(schedule: str, peak: float, exact_every: int = EXACT_EVERY) -> list[training.Row]:
+    """One of the runs."""
+    network = model()
+    return training.train(
+        network, optimizer_of(network), loss, batch_at, steps=STEPS, every=EVERY,
+        exact_every=exact_every, lr_at=lambda step: learning_rate(schedule, peak, step),
+        hessian=False,
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Training with λ_c measured and exact curvature beside it, and the records of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.reference import exact_curvature
+
+#: A measurement's fields, and ``exact_directional_sharpness``, ``hessian_sharpness``,
+#: ``preconditioned_sharpness`` where exact curvature was computed.
+Row = dict[str, Any]
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    every: int,
+    exact_every: int,
+    lr_at: Callable[[int], float] | None = None,
+    tolerance: float = 1 / 16,
+    hessian: bool = True,
+) -> list[Row]:
+    """The measurements of a run.
+
+    Args:
+        model: in training, without dropout.
+        optimizer: of ``model``.
+        loss: the mean loss of a batch.
+        batch_at: the batch of a step; steps count from 1.
+        steps: how many.
+        every: measure λ_c at each step that this divides.
+        exact_every: compute the exact curvature too at each step that this divides.
+        lr_at: the learning rate of a step; the optimizer's own where it is not given.
+        tolerance: of the bracket around η_c.
+        hessian: whether λ_max^H belongs to the exact curvature.
+    """
+    sharpness = CriticalSharpness(model, optimizer, every=every, tolerance=tolerance)
+    rows: list[Row] = []
+    shown = time.monotonic()
+    for step in range(1, steps + 1):
+        batch = batch_at(step)
+        if lr_at is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step)
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        exact = step % every == 0 and step % exact_every == 0
+        start = [parameter.detach().clone() for parameter in model.parameters()] if exact else []
+        optimizer.step()
+        record = sharpness.after_step(step, lambda b=batch: (loss(model, b), 1))
+        if record is None:
+            continue
+        row = json.loads(record.to_json())
+        if exact:
+            lr = max(group["lr"] for group in optimizer.param_groups)
+            seen = exact_curvature(
+                model, optimizer, start, lr, lambda b=batch: loss(model, b), hessian=hessian
+            )
+            row["exact_directional_sharpness"] = seen.directional_sharpness
+            row["hessian_sharpness"] = seen.hessian_sharpness
+            row["preconditioned_sharpness"] = seen.preconditioned_sharpness
+        rows.append(row)
+        if time.monotonic() - shown > 5 or step == steps:
+            shown = time.monotonic()
+            progress(f"step {step} of {steps}")
+    return rows
+
+
+def in_parallel(
+    function: Callable[..., list[Row]], runs: dict[str, tuple[Any, ...]]
+) -> dict[str, list[Row]]:
+    """``function`` of each run's arguments, by name, in as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+        started = {name: pool.submit(function, *arguments) for name, arguments in runs.items()}
+        done = {}
+        for name, future in started.items():
+            done[name] = future.result()
+            progress(f"{name}: done")
+        return done
+
+
+def progress(text: str) -> None:
+    """A line for who waits."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def write(folder: Path, runs: dict[str, list[Row]]) -> None:
+    """Each run's records as ``records/<run>.jsonl``, which ``megatron-sharpness report`` reads."""
+    (folder / "records").mkdir(exist_ok=True)
+    for name, rows in runs.items():
+        text = "".join(
+            json.dumps({key: _short(v) for key, v in row.items()}) + "\n" for row in rows
+        )
+        (folder / "records" / f"{name}.jsonl").write_text(text)
+
+
+def read(folder: Path) -> dict[str, list[Row]]:
+    """What :func:`write` has written."""
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((folder / "records").glob("*.jsonl"))
+    }
+
+
+def column(rows: Sequence[Row], name: str) -> NDArray[np.float64]:
+    """A field of all records, NaN where it is missing."""
+    values = [row.get(name) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _short(value: Any) -> Any:
+    """Six digits: what is read from a figure, at a third of the size."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def parameters_of(model: nn.Module) -> int:
+    """How many there are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def seed(number: int = 0) -> None:
+    """Weights and batches are the same in every run of an experiment."""
+    torch.manual_seed(number)
