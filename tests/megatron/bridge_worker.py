@@ -57,9 +57,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 
 from megatron_sharpness.megatron.bridge import CriticalSharpnessCallback  # noqa: E402
+from tests.digest import hash_of  # noqa: E402
 from tests.megatron import canonical  # noqa: E402
 from tests.megatron.harness import free_port  # noqa: E402
-from tests.megatron.observed_pretrain import hash_of, snapshot  # noqa: E402
+from tests.megatron.observed_pretrain import snapshot  # noqa: E402
 
 
 def configuration(

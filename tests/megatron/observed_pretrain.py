@@ -6,55 +6,20 @@ folder for one file a rank; ``OBSERVED_FAULT`` a fault to inject, see ``faults.p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import runpy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training
 
+from tests.digest import hash_of, random_states
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
-
-
-class Digest:
-    """A hash over nested containers, bit by bit for tensors."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, value: Any) -> Digest:
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().contiguous().cpu().reshape(-1)
-            self._hash.update(str((value.dtype, tuple(value.shape))).encode())
-            self._hash.update(flat.view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                self.add(str(key)).add(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                self.add(item)
-        elif isinstance(value, np.ndarray):
-            self._hash.update(value.tobytes())
-        else:
-            self._hash.update(repr(value).encode())
-        return self
-
-    def __str__(self) -> str:
-        return self._hash.hexdigest()[:16]
-
-
-def hash_of(*values: Any) -> str:
-    digest = Digest()
-    for value in values:
-        digest.add(value)
-    return str(digest)
 
 
 def leaves(optimizer: Any) -> list[Any]:
@@ -84,8 +49,7 @@ def snapshot(model: Any, optimizer: Any, scheduler: Any, iterator: Any) -> dict[
                           [leaf.grad_scaler.state_dict() for leaf in stepped
                            if getattr(leaf, "grad_scaler", None)]),
         "scheduler": hash_of(scheduler.state_dict()),
-        "random states": hash_of(random.getstate(), np.random.get_state(), torch.get_rng_state(),
-                                 torch.cuda.get_rng_state(),
+        "random states": hash_of(random_states(), torch.cuda.get_rng_state(),
                                  tensor_parallel.get_cuda_rng_tracker().get_states()),
         "rerun machine": hash_of({k: str(v) for k, v in vars(machine).items()
                                   if isinstance(v, (bool, int, float, str)) or k in

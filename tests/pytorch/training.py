@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from torch.func import functional_call
 
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.pytorch.step import Evaluate
+from tests.digest import hash_of, random_states
 
 from .gpt import loss_sum, make_batch, make_gpt
 from .layouts import DEVICE, DISTRIBUTED, GPU, SINGLE, Layout
@@ -124,23 +124,17 @@ def train(
     if keep_weights:
         weights.append(whole_weights(model))
     hashes = {
-        "parameters": digest(called.parameters()),
-        "buffers": digest(called.buffers()),
-        "optimizers": digest(
+        "parameters": hash_of(called.parameters()),
+        "buffers": hash_of(called.buffers()),
+        "optimizers": hash_of(
             value
             for optimizer in optimizers
             for state in getattr(optimizer, "optim", optimizer).state.values()
             for _, value in sorted(state.items())
             if isinstance(value, Tensor)
         ),
-        "random": digest(
-            [
-                torch.get_rng_state(),
-                device_random_state(),
-                torch.tensor([random.random(), float(np.random.rand())]),
-            ]
-        ),
-        "losses": digest(losses),
+        "random": hash_of(random_states(), device_random_state()),
+        "losses": hash_of(losses),
         "scaler": str(scaler.state_dict()),
         "modes": str([module.training for module in called.modules()]),
     }
@@ -149,18 +143,6 @@ def train(
 
 def device_random_state() -> Tensor:
     return torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.empty(0)
-
-
-def digest(tensors: Any) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        held = tensor.detach()
-        held = held.to_local() if isinstance(held, DTensor) else held
-        found.update(
-            str(held.shape).encode()
-            + held.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return found.hexdigest()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -75,6 +75,39 @@ def run(worker: str, folder: Path, processes: int, paths: list[str]) -> Ranks:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(len(started))]
 
 
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without how long they took."""
+    return [{**record, "seconds": None} for record in records]
+
+
+def check_records(result: dict[str, Any], due: list[int], *, slope: float = 1e-5) -> None:
+    """The records of a rank are those that the worker computed ``anew``, from the definitions.
+
+    Args:
+        result: with ``records`` and ``anew``.
+        due: iterations.
+        slope: how exactly the slope is known.
+    """
+    assert [record["iteration"] for record in result["records"]] == due
+    for record, anew in zip(result["records"], result["anew"], strict=True):
+        assert record["status"] == "found"
+        assert record["tokens"] == anew["tokens"]
+        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
+        assert record["slope"] == pytest.approx(anew["slope"], rel=slope)
+        assert anew["lower"] <= anew["loss"] < anew["upper"]
+        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
+
+
+def check_resumed_without_state(runs: dict[str, Any], due: list[int]) -> None:
+    """A run that goes on from a checkpoint without measurements measures from a cold start."""
+    records = runs["resumed from without"]["records"]
+    assert [(record["iteration"], record["status"]) for record in records] == [
+        (iteration, "found") for iteration in due
+    ]
+    # Its first search starts elsewhere: a resumed run with the state would be told apart.
+    assert untimed(records) != untimed(runs["saved"]["records"])[-len(due) :]
+
+
 def worker_fixture(
     worker: str, name: str, processes: int, paths: list[str]
 ) -> Callable[..., Ranks]:

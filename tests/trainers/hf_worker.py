@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,6 +30,7 @@ from transformers.distributed import DistributedConfig
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.hf import CriticalSharpnessCallback
+from tests.digest import hash_of, random_states
 
 CONFIG = Olmo2Config(
     vocab_size=64,
@@ -157,20 +155,11 @@ def reduced(values: list[float]) -> list[float]:
 def digest(trainer: Trainer) -> dict[str, str]:
     """Hashes of what training ends with, on this rank."""
 
-    def hashed(values: Any) -> str:
-        sha = hashlib.sha256()
-        for value in values:
-            if isinstance(value, Tensor):
-                value = value.to_local() if isinstance(value, DTensor) else value
-                value = value.detach().numpy().tobytes()
-            sha.update(value if isinstance(value, bytes) else repr(value).encode())
-        return sha.hexdigest()
-
     optimizer = trainer.optimizer.state_dict()["state"]
     return {
-        "parameters": hashed(trainer.model.parameters()),
-        "optimizer": hashed(entry for state in optimizer.values() for entry in state.values()),
-        "random": hashed([torch.get_rng_state(), random.getstate(), str(np.random.get_state())]),
+        "parameters": hash_of(trainer.model.parameters()),
+        "optimizer": hash_of(entry for state in optimizer.values() for entry in state.values()),
+        "random": random_states(),
     }
 
 

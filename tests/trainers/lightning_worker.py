@@ -7,16 +7,13 @@ Started by ``test_lightning.py``, one process a rank:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.lightning import CriticalSharpnessCallback
+from tests.digest import hash_of, random_states
 
 VOCABULARY, WIDTH, LENGTH = 61, 32, 16
 
@@ -169,23 +167,14 @@ def reduced(values: list[float]) -> list[float]:
 def digest(trainer: pl.Trainer, module: Module) -> dict[str, str]:
     """Hashes of what training ends with, on this rank."""
 
-    def hashed(values: Any) -> str:
-        sha = hashlib.sha256()
-        for value in values:
-            if isinstance(value, Tensor):
-                value = value.to_local() if isinstance(value, DTensor) else value
-                value = value.detach().numpy().tobytes()
-            sha.update(value if isinstance(value, bytes) else repr(value).encode())
-        return sha.hexdigest()
-
     state = trainer.optimizers[0].state_dict()["state"]
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
-        "parameters": hashed(module.parameters()),
-        "gradients": hashed(parameter.grad for parameter in module.parameters()),
-        "optimizer": hashed(entry for entries in state.values() for entry in entries.values()),
-        "random": hashed([torch.get_rng_state(), random.getstate(), str(np.random.get_state())]),
-        "metrics": hashed(sorted(metrics.items())),
+        "parameters": hash_of(module.parameters()),
+        "gradients": hash_of(parameter.grad for parameter in module.parameters()),
+        "optimizer": hash_of(entry for entries in state.values() for entry in entries.values()),
+        "random": random_states(),
+        "metrics": hash_of(sorted(metrics.items())),
     }
 
 

@@ -6,10 +6,8 @@ Started by ``test_olmo_core.py``, one process a rank:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.pytorch.olmo_core import CriticalSharpnessCallback
+from tests.digest import hash_of, random_states
 
 LENGTH, STEPS = 16, 8
 TOKENIZER = TokenizerConfig(vocab_size=64, eos_token_id=0, pad_token_id=0)
@@ -163,21 +162,12 @@ def reduced(value: float) -> float:
 def digest(train_module: Any) -> dict[str, str]:
     """Hashes of what training ends with, on this rank."""
 
-    def hashed(values: Any) -> str:
-        sha = hashlib.sha256()
-        for value in values:
-            if isinstance(value, Tensor):
-                value = value.to_local() if isinstance(value, DTensor) else value
-                value = value.detach().contiguous().numpy().tobytes()
-            sha.update(value if isinstance(value, bytes) else repr(value).encode())
-        return sha.hexdigest()
-
     model, optimizer = train_module.model, train_module.optim
     return {
-        "parameters": hashed(model.parameters()),
-        "buffers": hashed(model.buffers()),
-        "optimizer": hashed(v for state in optimizer.state.values() for v in state.values()),
-        "random": hashed([torch.get_rng_state(), random.getstate(), str(np.random.get_state())]),
+        "parameters": hash_of(model.parameters()),
+        "buffers": hash_of(model.buffers()),
+        "optimizer": hash_of(v for state in optimizer.state.values() for v in state.values()),
+        "random": random_states(),
         "hooks": repr([len(module._forward_pre_hooks) for module in model.modules()]),
     }
 

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from .harness import require, worker_fixture
+from .harness import (
+    check_records,
+    check_resumed_without_state,
+    require,
+    untimed,
+    worker_fixture,
+)
 
 PATHS = require("lightning", "lightning")
 alone = worker_fixture("lightning_worker", "alone", 0, PATHS)
@@ -38,10 +44,6 @@ def rows(result: dict[str, Any]) -> list[dict[str, str]]:
         return [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
-def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**record, "seconds": None} for record in records]
-
-
 def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["on"]["digest"] == rank["off"]["digest"]
@@ -51,16 +53,8 @@ def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_records_agree_with_the_definitions(ranks: list[dict[str, Any]]) -> None:
-    records = ranks[0]["on"]["records"]
-    assert [record["iteration"] for record in records] == DUE
+    check_records(ranks[0]["on"], DUE)
     assert not any(rank["on"]["records"] for rank in ranks[1:])
-    for record, anew in zip(records, ranks[0]["on"]["anew"], strict=True):
-        assert record["status"] == "found"
-        assert record["tokens"] == anew["tokens"]
-        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
-        assert record["slope"] == pytest.approx(anew["slope"], rel=1e-5)
-        assert anew["lower"] <= anew["loss"] < anew["upper"]
-        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
 
 
 def test_the_replay_is_in_the_trainer_s_precision(alone: list[dict[str, Any]]) -> None:
@@ -108,14 +102,7 @@ def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]]) -> None:
 
 
 def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
-    runs = alone[0]["single"]
-    records = runs["resumed from without"]["records"]
-    assert [(record["iteration"], record["status"]) for record in records] == [
-        (6, "found"),
-        (8, "found"),
-    ]
-    # Its first search starts elsewhere, which the test above would not see otherwise.
-    assert untimed(records) != untimed(runs["saved"]["records"])[2:]
+    check_resumed_without_state(alone[0]["single"], [6, 8])
 
 
 def test_what_cannot_be_measured_is_refused(alone: list[dict[str, Any]]) -> None:

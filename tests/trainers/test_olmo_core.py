@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from .harness import require, worker_fixture
+from .harness import (
+    check_records,
+    check_resumed_without_state,
+    require,
+    untimed,
+    worker_fixture,
+)
 
 PATHS = require("olmo-core", "olmo_core")
 alone = worker_fixture("olmo_core_worker", "alone", 0, PATHS)
@@ -42,10 +48,6 @@ def of_training(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, flo
     }
 
 
-def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**record, "seconds": None} for record in records]
-
-
 def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["on"]["digest"] == rank["off"]["digest"]
@@ -62,14 +64,7 @@ def test_the_loss_is_the_trainer_s(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("layout", ["single", "ddp", "fsdp"])
 def test_records_agree_with_the_definitions(request: pytest.FixtureRequest, layout: str) -> None:
     result = request.getfixturevalue("alone" if layout == "single" else "pair")[0][layout]["on"]
-    assert [record["iteration"] for record in result["records"]] == DUE
-    for record, anew in zip(result["records"], result["anew"], strict=True):
-        assert record["status"] == "found"
-        assert record["tokens"] == anew["tokens"]
-        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
-        assert record["slope"] == pytest.approx(anew["slope"], rel=1e-5)
-        assert anew["lower"] <= anew["loss"] < anew["upper"]
-        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
+    check_records(result, DUE)
 
 
 def test_metrics_hold_the_records(ranks: list[dict[str, Any]]) -> None:
@@ -92,14 +87,7 @@ def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]]) -> None:
 
 
 def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
-    runs = alone[0]["single"]
-    records = runs["resumed from without"]["records"]
-    assert [(record["iteration"], record["status"]) for record in records] == [
-        (6, "found"),
-        (8, "found"),
-    ]
-    # Its first search starts elsewhere, which the test above would not see otherwise.
-    assert untimed(records) != untimed(runs["saved"]["records"])[2:]
+    check_resumed_without_state(alone[0]["single"], [6, 8])
 
 
 def test_steps_that_the_trainer_skips(alone: list[dict[str, Any]]) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from .harness import require, worker_fixture
+from .harness import (
+    check_records,
+    check_resumed_without_state,
+    require,
+    untimed,
+    worker_fixture,
+)
 
 PATHS = require("torchtitan", "torchtitan")
 alone = worker_fixture("torchtitan_worker", "alone", 1, PATHS)
@@ -40,10 +46,6 @@ def of_training(curves: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**record, "seconds": None} for record in records]
-
-
 def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["off"]["class"] == "Trainer"
@@ -56,15 +58,8 @@ def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("layout", ["single", "fsdp"])
 def test_records_agree_with_the_definitions(request: pytest.FixtureRequest, layout: str) -> None:
     result = request.getfixturevalue("alone" if layout == "single" else "pair")[0][layout]["on"]
-    assert [record["iteration"] for record in result["records"]] == DUE
-    for record, anew in zip(result["records"], result["anew"], strict=True):
-        assert record["status"] == "found"
-        assert record["tokens"] == anew["tokens"]
-        assert record["loss"] == pytest.approx(anew["loss"], rel=1e-6)
-        # As exact as the norm of the gradients, which torch sums in fp32 on the CPU.
-        assert record["slope"] == pytest.approx(anew["slope"], rel=1e-3)
-        assert anew["lower"] <= anew["loss"] < anew["upper"]
-        assert record["critical_lr_lower"] > 15 / 16 * record["critical_lr_upper"] * (1 - 1e-9)
+    # The slope is as exact as the norm of the gradients, which torch sums in fp32 on the CPU.
+    check_records(result, DUE, slope=1e-3)
 
 
 def test_curves_hold_the_records(ranks: list[dict[str, Any]]) -> None:
@@ -100,14 +95,7 @@ def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]]) -> None:
 
 
 def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
-    runs = alone[0]["single"]
-    records = runs["resumed from without"]["records"]
-    assert [(record["iteration"], record["status"]) for record in records] == [
-        (4, "found"),
-        (6, "found"),
-    ]
-    # Its first search starts elsewhere, which the test above would not see otherwise.
-    assert untimed(records) != untimed(runs["saved"]["records"])[1:]
+    check_resumed_without_state(alone[0]["single"], [4, 6])
 
 
 def test_what_cannot_be_measured_with_is_refused(alone: list[dict[str, Any]]) -> None:

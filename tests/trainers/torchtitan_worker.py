@@ -7,7 +7,6 @@ Started by ``test_torchtitan.py``, one process a rank:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -44,6 +43,7 @@ from megatron_sharpness.pytorch.torchtitan import (
     CriticalSharpnessConfig,
     CriticalSharpnessTrainer,
 )
+from tests.digest import hash_of, random_states
 
 VOCABULARY, LENGTH, STEPS = 2048, 16, 6
 
@@ -241,22 +241,13 @@ def reduced(values: list[float]) -> list[float]:
 def digest(trainer: Any) -> dict[str, str]:
     """Hashes of what training ends with, on this rank."""
 
-    def hashed(values: Any) -> str:
-        sha = hashlib.sha256()
-        for value in values:
-            if isinstance(value, Tensor):
-                value = value.to_local() if isinstance(value, DTensor) else value
-                value = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            sha.update(value if isinstance(value, bytes) else repr(value).encode())
-        return sha.hexdigest()
-
     model = trainer.model_parts[0]
     (optimizer,) = trainer.optimizers.optimizers
     return {
-        "parameters": hashed(model.parameters()),
-        "buffers": hashed(model.buffers()),
-        "optimizer": hashed(v for state in optimizer.state.values() for v in state.values()),
-        "random": hashed([torch.get_rng_state(), random.getstate(), str(np.random.get_state())]),
+        "parameters": hash_of(model.parameters()),
+        "buffers": hash_of(model.buffers()),
+        "optimizer": hash_of(v for state in optimizer.state.values() for v in state.values()),
+        "random": random_states(),
         "trainer": str(trainer.state_dict()),
     }
 
