@@ -20,6 +20,8 @@ def draw(runs: dict[str, list[training.Row]]) -> None:
                 line = {"color": color, "linewidth": 1.1, "linestyle": (0, (4, 2)), "label": None}
                 style = {"color": color, "label": rf"$\eta$ = {peak:g}"}
                 figures.curves(column[0], rows, ["critical_sharpness"], **style)
+                dots = {"color": color, "label": None, "linestyle": "none", "marker": "o"}
+                figures.curves(column[0], rows, ["exact_directional_sharpness"], **dots)
                 figures.curves(column[0], rows, ["edge_of_stability"], **line)
                 figures.curves(column[1], rows, ["preconditioned_sharpness"], marker="o", **style)
                 figures.curves(column[1], rows, ["edge_of_stability_preconditioned"], **line)
