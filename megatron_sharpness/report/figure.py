@@ -1,4 +1,4 @@
-"""The curves of a run in one picture: λ_c, η_c and the loss over the iterations."""
+"""The curves of one run, or of several over each other, in one picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.report.records import Array, Record, TrainingCurves, column
+from megatron_sharpness.measurement import STATUSES
+from megatron_sharpness.report.records import Array, Record, Run
 
 # Okabe and Ito's blue, vermilion and green: told apart by colour-blind readers too
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#00795C"
 INK, MUTED, GRID = "#222222", "#666666", "#E8E8E8"
+RUN_COLORS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # and again
 FONT_SIZE = 12
 
 STYLE = {
@@ -39,21 +41,21 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
-MISSED_MARKERS = "x^sDvP*o+"  # one a status, in order of first appearance
+MISSED_MARKERS = dict(zip(STATUSES[1:], "x^sDvP*o+", strict=True))
+DOTTED_UP_TO = 120  # measurements; more of them are a line without dots
 
 
-def draw(records: list[Record], path: Path, training: TrainingCurves | None = None) -> None:
-    """Draw the measurements of one run into ``path``, a PNG of 1600 × 1400 pixels.
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw the measurements into ``path``, a PNG.
 
-    From top to bottom: critical sharpness λ_c = 2/η_c (Definition 2.1) with the edge of stability
-    2/η − γ and its pre-conditioned twin (Result 3.1); the critical learning rate η_c with its
-    bracket, beside the learning rate η; the loss. A measurement that found no η_c is marked at
-    the lower axis of the first panel by its status.
+    One run, 1600 × 1400 pixels, from top to bottom: critical sharpness λ_c = 2/η_c (Definition
+    2.1) with the edge of stability 2/η − γ and its pre-conditioned twin (Result 3.1); the critical
+    learning rate η_c with its bracket, beside the learning rate η; the loss.
 
-    Args:
-        records: measurements by iteration, as :func:`read_records` returns them.
-        path: the file to write.
-        training: loss and learning rate between the measurements, where they are known.
+    Several runs, 1600 × 2200 pixels, one colour a run: λ_c with both lines, η/η_c, η, the loss,
+    and what a measurement costs in forward passes and in seconds.
+
+    A measurement that found no η_c is marked at the lower axis of the first panel by its status.
 
     Raises:
         InputError: ``path`` cannot be written, or matplotlib is missing.
@@ -63,53 +65,58 @@ def draw(records: list[Record], path: Path, training: TrainingCurves | None = No
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--out needs matplotlib ({error}); pip install matplotlib"
+            f"--out {path}: a .png needs matplotlib ({error}); pip install matplotlib"
         ) from error
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 8.75), dpi=160)
-        sharpness, rate, loss = figure.subplots(3, 1, sharex=True, height_ratios=[1.3, 1.3, 1])
-        figure.subplots_adjust(left=0.08, right=0.83, top=0.955, bottom=0.065, hspace=0.23)
-        _draw_panels(sharpness, rate, loss, records, training)
-        _mark_missed(sharpness, records)
-        figure.draw_without_rendering()  # settles the limits that the labels stand by
-        for axes in figure.axes:
-            _label_ends(axes)
+        if len(runs) == 1:
+            figure = Figure(figsize=(10, 8.75), dpi=160)
+            _draw_run(figure, runs[0])
+        else:
+            figure = Figure(figsize=(10, 13.75), dpi=160)
+            _draw_overlay(figure, runs)
         try:
             figure.savefig(path)
         except (OSError, ValueError) as error:
             raise InputError(f"--out {path}: cannot be written ({error})") from error
 
 
-def _draw_panels(
-    sharpness: Any, rate: Any, loss: Any, records: list[Record], training: TrainingCurves | None
-) -> None:
-    iteration = column(records, "iteration")
-    if training is None:
-        training = TrainingCurves(iteration, column(records, "loss"), column(records, "lr"))
-    dots = {"marker": "o"} if len(records) <= 120 else {}
+def _draw_run(figure: Any, run: Run) -> None:
+    sharpness, rate, loss = figure.subplots(3, 1, sharex=True, height_ratios=[1.3, 1.3, 1])
+    figure.subplots_adjust(left=0.08, right=0.83, top=0.955, bottom=0.065, hspace=0.23)
+    _draw_panels(sharpness, rate, loss, run)
+    _mark_missed(sharpness, run.records)
+    _name_missed(sharpness, run.records)
+    figure.draw_without_rendering()  # settles the limits that the labels stand by
+    for axes in figure.axes:
+        _label_ends(axes)
+
+
+def _draw_panels(sharpness: Any, rate: Any, loss: Any, run: Run) -> None:
+    iteration, training = run.column("iteration"), run.training
+    dots = {"marker": "o"} if len(iteration) <= DOTTED_UP_TO else {}
 
     sharpness.set_title("Critical sharpness")
     sharpness.set_yscale("log")
     _curve(
         sharpness,
         iteration,
-        column(records, "edge_of_stability_preconditioned"),
+        run.column("edge_of_stability_preconditioned"),
         "pre-conditioned\nedge of stability",
         color=VERMILION,
         linewidth=1.5,
         linestyle=(0, (4, 2)),
     )
-    edge = column(records, "edge_of_stability")
+    edge = run.column("edge_of_stability")
     _curve(sharpness, iteration, edge, "edge of stability\n$2/\\eta-\\gamma$", color=VERMILION)
-    critical_sharpness = column(records, "critical_sharpness")
+    critical_sharpness = run.column("critical_sharpness")
     _curve(sharpness, iteration, critical_sharpness, r"$\lambda_c=2/\eta_c$", color=BLUE, **dots)
 
     rate.set_title("Critical learning rate")
     rate.set_yscale("log")
-    lower, upper = (column(records, f"critical_lr_{end}") for end in ("lower", "upper"))
+    lower, upper = (run.column(f"critical_lr_{end}") for end in ("lower", "upper"))
     rate.fill_between(iteration, lower, upper, color=BLUE, alpha=0.25, linewidth=0)
-    critical_lr = column(records, "critical_lr")
+    critical_lr = run.column("critical_lr")
     _curve(rate, iteration, critical_lr, "$\\eta_c$ and its bracket", color=BLUE, **dots)
     _curve(rate, training.iteration, training.lr, "learning rate $\\eta$", color=VERMILION)
 
@@ -118,46 +125,159 @@ def _draw_panels(
     _curve(loss, training.iteration, training.loss, r"$L(\theta)$", color=GREEN)
 
 
+def _draw_overlay(figure: Any, runs: list[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    panels = figure.subplot_mosaic(
+        [["sharpness"] * 2, ["ratio"] * 2, ["rate"] * 2, ["loss"] * 2, ["evaluations", "seconds"]],
+        height_ratios=[1.7, 1.2, 1, 1.2, 0.8],
+    )
+    colors = [RUN_COLORS[number % len(RUN_COLORS)] for number in range(len(runs))]
+    dashes = {
+        "edge_of_stability": (0, (5, 2)),
+        "edge_of_stability_preconditioned": (0, (1, 1.5)),
+    }
+    kinds = [
+        "$\\lambda_c=2/\\eta_c$",
+        "edge of stability $2/\\eta-\\gamma$",
+        "pre-conditioned edge",
+    ]
+    columns, row = min(4, len(runs)), 0.02
+    names_height = row * -(-len(runs) // columns)
+    for labels, handles, y, ncols in (
+        (
+            [run.name.replace("$", r"\$") for run in runs],
+            [Line2D([], [], color=c) for c in colors],
+            0.998,
+            columns,
+        ),
+        (
+            kinds,
+            [Line2D([], [], color=MUTED, linestyle=dash) for dash in ("-", *dashes.values())],
+            0.998 - names_height,
+            len(kinds),
+        ),
+    ):
+        figure.legend(
+            handles, labels, loc="upper left", bbox_to_anchor=(0.07, y), ncols=ncols, frameon=False
+        )
+    figure.subplots_adjust(
+        left=0.08, right=0.975, top=0.935 - names_height, bottom=0.045, hspace=0.34, wspace=0.16
+    )
+    titles = {
+        "sharpness": "Critical sharpness",
+        "ratio": "Learning rate over critical learning rate, $\\eta/\\eta_c$",
+        "rate": "Learning rate $\\eta$",
+        "loss": "Loss",
+        "evaluations": "Forward passes a measurement",
+        "seconds": "Seconds a measurement",
+    }
+    for name, axes in panels.items():
+        axes.set_title(titles[name])
+        if name in ("sharpness", "rate"):
+            axes.set_yscale("log")
+        if name != "sharpness":
+            axes.sharex(panels["sharpness"])
+        if name in ("evaluations", "seconds"):
+            axes.set_xlabel("iteration")
+        elif name != "loss":
+            axes.tick_params(labelbottom=False)
+
+    panels["ratio"].axhline(1, color=MUTED, linewidth=1.2)
+    for number, (run, color) in enumerate(zip(runs, colors, strict=True)):
+        iteration, training = run.column("iteration"), run.training
+        dots = {"marker": "o"} if len(iteration) <= DOTTED_UP_TO else {}
+        for field, dash in dashes.items():
+            _curve(
+                panels["sharpness"],
+                iteration,
+                run.column(field),
+                run.name,
+                color=color,
+                linewidth=1.2,
+                linestyle=dash,
+            )
+        for name, field in (
+            ("sharpness", "critical_sharpness"),
+            ("ratio", "lr_over_critical"),
+            ("evaluations", "evaluations"),
+            ("seconds", "seconds"),
+        ):
+            _curve(panels[name], iteration, run.column(field), run.name, color=color, **dots)
+        for name, values in (("rate", training.lr), ("loss", training.loss)):
+            _curve(panels[name], training.iteration, values, run.name, color=color)
+        _mark_missed(panels["sharpness"], run.records, color, height=0.035 * number)
+    _name_missed(panels["sharpness"], [record for run in runs for record in run.records])
+    for name in ("evaluations", "seconds"):
+        panels[name].set_ylim(bottom=0)
+
+
 def _curve(axes: Any, x: Array, y: Array, label: str, **style: Any) -> None:
     """Plot what there is of a curve; a logarithmic axis has no place for what is not positive."""
     if axes.get_yscale() == "log":
         y = np.where(y > 0, y, np.nan)
-    if np.isfinite(y).any():
+    there = np.isfinite(y)
+    if there.any():
         axes.plot(x, y, label=label, **style)
+        neighbours = np.concatenate(([False], there, [False]))
+        alone = there & ~neighbours[:-2] & ~neighbours[2:]  # no line leads to it
+        if alone.any():
+            axes.plot(x[alone], y[alone], color=style["color"], marker="o", linestyle="none")
 
 
-def _mark_missed(axes: Any, records: list[Record]) -> None:
-    """A mark at the lower axis for every measurement without a number, one shape a status."""
-    missed = [record for record in records if record["status"] != "found"]
-    marks = []
-    for marker, (status, number) in zip(
-        MISSED_MARKERS, Counter(record["status"] for record in missed).items(), strict=False
-    ):
-        at = [record["iteration"] for record in missed if record["status"] == status]
-        marks += axes.plot(
+def _mark_missed(axes: Any, records: list[Record], color: str = INK, height: float = 0.0) -> None:
+    """A mark for every measurement without a number, one shape a status.
+
+    They stand on the lower axis, or above it by ``height``, a share of the panel's.
+    """
+    for status, number in _count_missed(records).items():
+        at = [record["iteration"] for record in records if record["status"] == status]
+        axes.plot(
             at,
-            np.zeros(len(at)),
+            np.full(len(at), height),
             transform=axes.get_xaxis_transform(),
-            linestyle="none",
-            marker=marker,
-            markersize=8,
-            markeredgewidth=1.8,
-            markerfacecolor="white",
-            color=INK,
+            color=color,
             clip_on=False,
             zorder=3,
             label=f"{status} ({number})",
+            **_missed_style(status),
         )
+
+
+def _name_missed(axes: Any, records: list[Record]) -> None:
+    """What the marks of :func:`_mark_missed` mean, and how many there are.
+
+    It stands above the panel, beside its title; more than fits there is inside.
+    """
+    from matplotlib.lines import Line2D
+
+    marks = [
+        Line2D([], [], color=INK, label=f"{status} ({number})", **_missed_style(status))
+        for status, number in _count_missed(records).items()
+    ]
     if marks:
+        beside_title = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "frameon": False}
         axes.legend(
             handles=marks,
-            ncols=len(marks),
-            loc="lower right",
-            bbox_to_anchor=(1.02, 0.98),
-            frameon=False,
+            ncols=3,
             handletextpad=0.1,
             fontsize=11,
+            **beside_title if len(marks) <= 3 else {"loc": "best"},
         )
+
+
+def _count_missed(records: list[Record]) -> Counter[str]:
+    return Counter(record["status"] for record in records if record["status"] != "found")
+
+
+def _missed_style(status: str) -> dict[str, Any]:
+    return {
+        "linestyle": "none",
+        "marker": MISSED_MARKERS[status],
+        "markersize": 8,
+        "markeredgewidth": 1.8,
+        "markerfacecolor": "white",
+    }
 
 
 def _label_ends(axes: Any) -> None:

@@ -1,8 +1,9 @@
-"""Measurements as aligned text."""
+"""Measurements as aligned text, and how a run stands in a line."""
 
 from __future__ import annotations
 
-from megatron_sharpness.report.records import Record
+from megatron_sharpness.report.records import Record, Run
+from megatron_sharpness.report.stages import where_it_stands
 
 _COLUMNS = (  # heading, field, format
     ("iteration", "iteration", "d"),
@@ -30,3 +31,9 @@ def format_table(records: list[Record]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def format_status(run: Run) -> str:
+    """How the measurements of the run ended, counted, and the stage that it is in."""
+    statuses = ", ".join(f"{number} {status}" for status, number in run.statuses.items())
+    return f"{len(run.records)} measurements ({statuses}); now: {where_it_stands(run)}"
