@@ -15,6 +15,7 @@ from experiments.adam_edge import run as adam_edge
 from experiments.batch import run as batch
 from experiments.fcn import run as fcn
 from experiments.gpt_wsd import run as gpt
+from experiments.tracking import run as tracking
 from experiments.weight_decay import run as weight_decay
 
 HERE = Path(__file__).parent
@@ -47,10 +48,7 @@ class Claim:
 
 def claims() -> Iterator[Claim]:
     """All claims, from ``experiments/*/records``."""
-    for name, function in (
-        ("uv", uv_claims), ("fcn", fcn_claims), ("adam_edge", adam_claims),
-        ("weight_decay", decay_claims), ("gpt_wsd", gpt_claims), ("batch", batch_claims),
-    ):  # fmt: skip
+    for name, function in CLAIMS.items():
         for text, case, measured, lowest, highest in function(training.read(HERE / name)):
             yield Claim(name, text, case, float(measured), lowest, highest)
 
@@ -113,6 +111,14 @@ def decay_claims(runs: Runs) -> Found:
         yield text, f"γ = {decay:g}", ratio, 0.99, 1.01
 
 
+def tracking_claims(runs: Runs) -> Found:
+    text = "λ_c follows λ_max^PH along a mini-batch run: rank correlation"
+    yield text, "batch of 250, η = 0.01", tracking.correlation(runs["batch-250-0.01"]), 0.4, 1.0
+    text = "and does not with the full batch below the edge (ours)"
+    for peak in ("0.01", "0.003"):
+        yield text, f"η = {peak}", tracking.correlation(runs[f"full-batch-{peak}"]), -1.0, 0.0
+
+
 def gpt_claims(runs: Runs) -> Found:
     for peak in gpt.RATES:
         rows = [row for row in runs[f"wsd-{peak:g}"] if row["iteration"] > 2 * gpt.WARMUP]
@@ -134,7 +140,7 @@ def gpt_claims(runs: Runs) -> Found:
         training.column(everything, "critical_sharpness"),
         training.column(everything, "preconditioned_sharpness"),
     ).statistic
-    text = "λ_c and λ_max^PH tell the same (Fig. 1): rank correlation"
+    text = "λ_c and λ_max^PH order runs and phases alike (Fig. 1): rank correlation"
     yield text, f"{len(everything)} records of six runs", correlation, 0.7, 1.0
 
 
@@ -158,6 +164,18 @@ def batch_claims(runs: Runs) -> Found:
     for position in (0, -1):
         ratio = other[position] / own[position]
         yield text, f"{sizes[position]} tokens", ratio, 1.0, np.inf
+
+
+#: Folder → the claims about its records.
+CLAIMS = {
+    "uv": uv_claims,
+    "fcn": fcn_claims,
+    "adam_edge": adam_claims,
+    "weight_decay": decay_claims,
+    "tracking": tracking_claims,
+    "gpt_wsd": gpt_claims,
+    "batch": batch_claims,
+}
 
 
 def table(folder: str) -> str:
