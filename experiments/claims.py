@@ -178,18 +178,27 @@ CLAIMS = {
 }
 
 
-def table(folder: str) -> str:
-    """The claims as a Markdown table, whose links begin at ``folder``."""
+def table() -> str:
+    """All claims as a Markdown table, for the README of the project."""
     lines = ["| claim | measured | holds in | where |", "|---|---|---|---|"]
-    for (text, experiment), group in itertools.groupby(
-        claims(), key=lambda claim: (claim.text, claim.experiment)
-    ):
+    for name in CLAIMS:
+        lines += [f"{row} [{name}](experiments/{name}/README.md) |" for row in rows(name)]
+    return "\n".join(lines)
+
+
+def table_of(experiment: str) -> str:
+    """The claims about one experiment, for its own README."""
+    return "\n".join(["| claim | measured | holds in |", "|---|---|---|", *rows(experiment)])
+
+
+def rows(experiment: str) -> Iterator[str]:
+    """A row for each claim, all cases in it."""
+    found = (claim for claim in claims() if claim.experiment == experiment)
+    for text, group in itertools.groupby(found, key=lambda claim: claim.text):
         cases = list(group)
         measured = "; ".join(f"{claim.case}: {claim.measured:#.3g}" for claim in cases)
         ranges = "; ".join(dict.fromkeys(_range(claim) for claim in cases))
-        where = f"[{experiment}]({folder}{experiment}/README.md)"
-        lines.append(f"| {text} | {measured} | {ranges} | {where} |")
-    return "\n".join(lines)
+        yield f"| {text} | {measured} | {ranges} |"
 
 
 def _range(claim: Claim) -> str:
@@ -199,4 +208,4 @@ def _range(claim: Claim) -> str:
 
 
 if __name__ == "__main__":
-    print(table("experiments/"))
+    print(table())

@@ -7,19 +7,18 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.reference import exact_curvature
+from megatron_sharpness.report.records import column as column  # of records, NaN where missing
 
 #: A measurement's fields, and ``exact_directional_sharpness``, ``hessian_sharpness``,
 #: ``preconditioned_sharpness`` where exact curvature was computed.
@@ -122,22 +121,6 @@ def read(folder: Path) -> dict[str, list[Row]]:
     }
 
 
-def column(rows: Sequence[Row], name: str) -> NDArray[np.float64]:
-    """A field of all records, NaN where it is missing."""
-    values = [row.get(name) for row in rows]
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
 def _short(value: Any) -> Any:
     """Six digits: what is read from a figure, at a third of the size."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def parameters_of(model: nn.Module) -> int:
-    """How many there are."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def seed(number: int = 0) -> None:
-    """Weights and batches are the same in every run of an experiment."""
-    torch.manual_seed(number)
