@@ -56,11 +56,11 @@ class Tokenizer(BaseTokenizer):
     def __init__(self, config: Config, *, tokenizer_path: str) -> None:
         super().__init__()
 
-    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        raise NotImplementedError
+    def encode(self, text: str, *args: Any, **kwargs: Any) -> list[int]:
+        return list(text.encode())
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        raise NotImplementedError
+    def decode(self, tokens: list[int], *args: Any, **kwargs: Any) -> str:
+        return bytes(tokens).decode(errors="replace")
 
     def get_vocab_size(self) -> int:
         return VOCABULARY
