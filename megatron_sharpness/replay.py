@@ -65,7 +65,7 @@ def reduce_loss(
     same reduction, so that all ranks give up together.
 
     Args:
-        loss: this rank's sum of losses, in nats.
+        loss: this rank's sum of losses, in nats. A tensor on ``device`` is not waited for.
         tokens: the tokens that it was summed over.
         error: why this rank has no loss, if so.
         device: where the process group reduces.
@@ -76,9 +76,9 @@ def reduce_loss(
     Raises:
         ProbeError: ``error`` was given on some rank.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     if error is None:
-        sums[0], sums[1] = float(loss), float(tokens)
+        sums[0], sums[1] = loss, tokens
     else:
         sums[2] = 1.0
     total, count, failures = all_sum(sums, device).tolist()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: Elements taken at a time. What is computed from them, 4 MiB in fp32, stays in the cache until it
+#: is cast or summed: memory is read once and written once, and nothing as large as a shard is made.
+CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,17 @@ class UpdateLine:
         in place would lose the small updates.
         """
         for shard, start, end in zip(self.shards, self._starts, self._ends, strict=True):
-            if fraction == 0.0:
-                point = start
-            elif fraction == 1.0:
-                point = end
-            else:
-                device = shard.model.device
-                point = torch.lerp(
-                    start.to(device, non_blocking=True), end.to(device, non_blocking=True), fraction
-                )
-            shard.model.copy_(point.view_as(shard.model), non_blocking=True)
+            if fraction in (0.0, 1.0):
+                exact = end if fraction else start
+                shard.model.copy_(exact.view_as(shard.model), non_blocking=True)
+                continue
+            device = shard.model.device
+            for a, b, point in _chunks(start, end, shard.model):
+                a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
+                if point.dtype == a.dtype:
+                    torch.lerp(a, b, fraction, out=point)
+                else:
+                    point.copy_(torch.lerp(a, b, fraction))
 
     @torch.no_grad()
     def products(self, gradients: Iterable[Tensor | None], total: Tensor) -> None:
@@ -99,12 +104,15 @@ class UpdateLine:
                 continue
             device = shard.model.device
             precision = torch.promote_types(start.dtype, torch.float32)
-            update = start.to(device, precision) - end.to(device, precision)
-            total[1] += torch.sum(update * update, dtype=torch.float64).to(total.device)
-            if grad is not None:
-                grad = grad.to(device, precision).view_as(update)
-                total[0] += torch.sum(grad * update, dtype=torch.float64).to(total.device)
-                total[2] += torch.sum(grad * grad, dtype=torch.float64).to(total.device)
+            sums = torch.zeros(3, dtype=torch.float64, device=device)
+            for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
+                update = a.to(device, precision) - b.to(device, precision)
+                sums[1] += torch.sum(update * update, dtype=torch.float64)
+                for piece in g:
+                    gradient = piece.to(device, precision)
+                    sums[0] += torch.sum(gradient * update, dtype=torch.float64)
+                    sums[2] += torch.sum(gradient * gradient, dtype=torch.float64)
+            total += sums.to(total.device)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.offload:
@@ -113,3 +121,12 @@ class UpdateLine:
             tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
         )
         return host.copy_(tensor.detach())
+
+
+def _chunks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of all, at most about :data:`CHUNK` at a time."""
+    tensors = [first, *(other.view_as(first) for other in others)]
+    if first.dim() == 0:
+        return iter([tuple(tensors)])
+    rows = max(1, CHUNK * len(first) // max(1, first.numel()))
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

@@ -85,6 +85,15 @@ def _is_counted(main: Tensor, optimizer: Any) -> bool:
     )
 
 
+def _bucket_groups(chunk: Any) -> list[Any]:
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+
+
+def _gathers_ahead(chunk: Any) -> bool:
+    """Whether the forward pass of a model chunk gathers its parameters itself, as it goes."""
+    return bool(chunk.remove_forward_pre_hook_handles)
+
+
 class MegatronLine:
     """One optimizer step's line over all leaf optimizers, written into Megatron's model.
 
@@ -101,11 +110,7 @@ class MegatronLine:
             for chunk in model
             if getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False)
         ]
-        self.bucket_groups = [
-            group
-            for chunk in self.gathered
-            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
-        ]
+        self.bucket_groups = [group for chunk in self.gathered for group in _bucket_groups(chunk)]
         self.is_open = False
         self._dispatched: list[bool] = []
 
@@ -136,11 +141,27 @@ class MegatronLine:
         for line, _ in self.lines:
             line.move(fraction)
 
+    @torch.no_grad()
     def sync(self) -> None:
-        """Gather the shards of all ranks; the collectives of every rank, whatever failed before."""
-        with torch.no_grad():
-            for chunk in self.gathered:
+        """Have the next forward pass see the shards of all ranks. :meth:`finish` must follow it.
+
+        They are gathered here, or, where Megatron gathers bucket by bucket ahead of its forward
+        pass (``--overlap-param-gather``), by that pass, behind its computation.
+        """
+        for chunk in self.gathered:
+            if _gathers_ahead(chunk):
+                for group in _bucket_groups(chunk):
+                    group.param_gather_dispatched = False
+            else:
                 chunk.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The gathers that a pass did not make since it broke off: the other ranks wait in them."""
+        for chunk in self.gathered:
+            if _gathers_ahead(chunk):
+                for group in reversed(_bucket_groups(chunk)):  # in the order of the pass
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def restore(self) -> None:
         """θ_{t+1} back into the model, and Megatron's own account of its gathers.
@@ -151,6 +172,8 @@ class MegatronLine:
             return
         self.move(1.0)
         self.sync()
+        if any(self._dispatched):  # what Megatron takes for gathered
+            self.finish()
         for group, dispatched in zip(self.bucket_groups, self._dispatched, strict=True):
             group.param_gather_dispatched = dispatched
         self.release()

@@ -157,5 +157,6 @@ class ObservedStep:
             losses = schedule.replay()
         except Exception as caught:
             error = error or caught
+        self.line.finish()
         loss, _ = reduce_losses(losses, error)
         return loss

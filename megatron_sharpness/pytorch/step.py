@@ -68,7 +68,8 @@ class ObservedStep:
         def loss_at(fraction: float) -> tuple[float, int]:
             nonlocal moved
             moved = True
-            loss, tokens = 0.0, 0.0
+            loss: Tensor | float = 0.0
+            tokens: Tensor | float = 0.0
             error: Exception | None = None
             try:
                 lines.move(fraction)
@@ -132,7 +133,7 @@ class ObservedStep:
         if squared_update == 0.0:  # a fused optimizer under loss scaling decides on the device
             return dataclasses.replace(seen, skipped=True)
         clip = 1.0
-        if grad_norm is not None and 0.0 < (norm := _number(grad_norm)) < math.inf:
+        if grad_norm is not None and 0.0 < (norm := float(_whole(grad_norm))) < math.inf:
             clip = math.sqrt(squared_gradient) / norm
         try:
             loss, tokens = loss_at(0.0)
@@ -201,11 +202,11 @@ def collective_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def _number(value: Tensor | float) -> float:
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def _whole(value: Tensor | float) -> Tensor | float:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _sums(evaluated: Any) -> tuple[float, float]:
+def _sums(evaluated: Any) -> tuple[Tensor | float, Tensor | float]:
     """What ``evaluate`` returned, checked."""
     if not isinstance(evaluated, tuple) or len(evaluated) != 2:
         raise TypeError(
@@ -218,7 +219,7 @@ def _sums(evaluated: Any) -> tuple[float, float]:
             f"evaluate() returned a loss in {loss.dtype}, too coarse to compare; compute the loss "
             "in fp32, from logits.float()"
         )
-    return _number(loss), _number(tokens)
+    return _whole(loss), _whole(tokens)
 
 
 def _beta1(optimizers: Sequence[Optimizer]) -> float | None:

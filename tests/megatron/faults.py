@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 
 from megatron_sharpness import update_line
@@ -40,8 +41,9 @@ def _once(fault: Callable[[], None], owner: type, name: str, *, after: bool = Fa
     setattr(owner, name, faulty)
 
 
-#: Which call of a method is hit where it is not the second: one snapshot is taken a measurement.
-CALL = {"begin": 1}
+#: Which call of a method is hit where it is not the second: one snapshot is taken a measurement,
+#: and the training step has called two layers twice.
+CALL = {"begin": 1, "forward": 6}
 
 
 def _raise(error: Exception) -> Callable[[], None]:
@@ -55,6 +57,12 @@ def exception_on_last_rank() -> None:
     """Before the forward pass of a probe."""
     if RANK == LAST:
         _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "replay")
+
+
+def exception_in_forward_on_last_rank() -> None:
+    """In the second layer of a probe, while other ranks gather the rest of the parameters."""
+    if RANK == LAST:
+        _once(_raise(RuntimeError("injected")), TransformerLayer, "forward")
 
 
 def exception_after_forward_on_last_rank() -> None:

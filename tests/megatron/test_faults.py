@@ -9,12 +9,14 @@ import pytest
 from tests.megatron.harness import run
 
 DP = (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
+BUCKETS = (2, f"{DP[1]} --ddp-bucket-size 5000")
 TP = (2, "--tensor-model-parallel-size 2 --bf16")
 PP = (2, "--pipeline-model-parallel-size 2 --bf16")
 
 #: Fault → (layout, where the reason says it happened).
 FAULTS = {
     "exception_on_last_rank": (DP, "rank 1: RuntimeError: injected"),
+    "exception_in_forward_on_last_rank": (BUCKETS, "rank 1: RuntimeError: injected"),
     "exception_after_forward_on_last_rank": (TP, "rank 1: RuntimeError: injected"),
     "out_of_memory_in_snapshot": (DP, "rank 0: OutOfMemoryError: injected"),
     "out_of_memory_in_move": (TP, "rank 0: OutOfMemoryError: injected"),

@@ -132,3 +132,12 @@ def test_critical_lr_does_not_depend_on_expert_parallelism(tmp_path: Path) -> No
     assert alone["status"] == parallel["status"] == "found"
     for name in ("loss", "critical_lr", "slope", "update_norm"):
         assert parallel[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_weights_gathered_behind_the_forward_pass_give_the_same_numbers(tmp_path: Path) -> None:
+    flags = "--bf16 --use-distributed-optimizer --ddp-bucket-size 5000 --overlap-grad-reduce"
+    before = run(tmp_path / "before", flags, processes=2, every=2).expect_success()
+    behind = run(
+        tmp_path / "behind", f"{flags} --overlap-param-gather", processes=2, every=2
+    ).expect_success()
+    assert behind.timeless_records == before.timeless_records

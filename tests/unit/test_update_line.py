@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_sharpness import update_line
 from megatron_sharpness.update_line import Shard, UpdateLine
 
 
@@ -43,6 +44,28 @@ def test_a_shard_that_the_forward_reads_itself_is_copied_twice_and_restored() ->
     assert torch.equal(parameter[4:], torch.tensor([9.0, 10.0, 11.0, 12.0]))
     line.move(1.0)
     assert torch.equal(parameter, after)
+
+
+@pytest.mark.parametrize("shape", [(), (1000,), (30, 40), (0, 3)])
+def test_large_shards_are_taken_in_pieces(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_line, "CHUNK", 64)
+    generator = torch.Generator().manual_seed(0)
+    main = torch.randn(shape, generator=generator).t() if len(shape) == 2 else torch.randn(shape)
+    start, model = main.clone(), torch.empty(main.shape, dtype=torch.bfloat16)
+    line = UpdateLine([Shard(main=main, model=model)])
+    line.begin()
+    main *= 1.5
+    line.end()
+    line.move(0.25)
+    assert torch.equal(model, torch.lerp(start, main, 0.25).bfloat16())
+    total = torch.zeros(3, dtype=torch.float64)
+    line.products([torch.full(main.shape, 2.0)], total)
+    update = (start - main).double()
+    expected = torch.stack([2 * update.sum(), update.square().sum()])
+    assert torch.allclose(total[:2], expected, rtol=1e-6)
+    assert total[2] == 4 * main.numel()
 
 
 def test_products_count_every_parameter_once() -> None:
