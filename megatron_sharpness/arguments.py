@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.meter import Settings
+from megatron_sharpness.search import Method
 
 #: Field of :class:`~megatron_sharpness.meter.Settings` → flag.
 FLAGS = {
@@ -19,6 +20,9 @@ FLAGS = {
     "max_evaluations": "--critical-sharpness-max-evaluations",
     "on_error": "--critical-sharpness-on-error",
 }
+
+
+_MICROBATCHES = "--critical-sharpness-microbatches"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -38,18 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         FLAGS["method"],
-        choices=["certified", "bisection"],
+        choices=get_args(Method),
         default=defaults.method,
         help="Line search for the critical learning rate: 'certified' predicts it from the slope "
-        "and certifies a bracket; 'bisection' is the paper's, to the letter, and takes about "
-        "twice as many forward passes.",
+        "and certifies a bracket; 'point' ends at a prediction from one or two forward passes "
+        "where that is sure to within the tolerance, and goes on as 'certified' where not; "
+        "'bisection' is the paper's, to the letter, and takes about twice as many forward passes "
+        "as 'certified'.",
     )
     group.add_argument(
         FLAGS["tolerance"],
         type=float,
         default=defaults.tolerance,
         help="Relative width |1 - lower/upper| of the bracket around the critical learning rate, "
-        "between 0 and 1 (default: 1/16).",
+        "or largest relative uncertainty of a point estimate, between 0 and 1 (default: 1/16).",
     )
     group.add_argument(
         FLAGS["initial_guess"],
@@ -92,6 +98,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="What a failed measurement does: 'warn' and train on, or 'raise'.",
     )
     return parser
+
+
+def add_microbatches_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flag that only Megatron, whose schedule knows its micro-batches, can have."""
+    group = parser.add_argument_group("critical sharpness in Megatron")
+    group.add_argument(
+        _MICROBATCHES,
+        type=int,
+        default=0,
+        metavar="K",
+        help="Begin a search with a pass over the first K micro-batches of the step only, which "
+        "predicts where the passes over all of them are to be made. Worth it where K is a small "
+        "part of many and has thousands of tokens; 0, the default, is off.",
+    )
+    return parser
+
+
+def check_microbatches(args: Any) -> None:
+    """Refuse a number of micro-batches that Megatron's schedule cannot run, or that says nothing.
+
+    Raises:
+        InputError: names the flag, the value, the reason and the remedy.
+    """
+    count = args.critical_sharpness_microbatches
+    if count < 0:
+        raise _bad(
+            _MICROBATCHES, count, "a number of micro-batches is positive; give 0 to switch it off"
+        )
+    if count and args.critical_sharpness_mode != "train":
+        raise _bad(
+            _MICROBATCHES,
+            count,
+            "the loss of these micro-batches before the step is known in mode 'train' alone; "
+            "leave it out, or --critical-sharpness-mode",
+        )
+    stages = args.pipeline_model_parallel_size
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None) or stages
+    if getattr(args, "virtual_pipeline_model_parallel_size", None) and count % group:
+        raise _bad(
+            _MICROBATCHES,
+            count,
+            f"the interleaved schedule takes micro-batches in groups of {group}; give a multiple "
+            f"of {group}",
+        )
 
 
 def settings_of(args: Any) -> Settings:

@@ -12,9 +12,10 @@ import json
 import math
 from typing import Any, Literal, get_args
 
-#: How a measurement ended. The first six are endings of the line search.
+#: How a measurement ended. The first seven are endings of the line search.
 Status = Literal[
     "found",  # L(lower) ≤ L(θ) < L(upper), and the bracket is as narrow as asked for
+    "estimated",  # η_c is predicted from a probe or two, with its uncertainty and without a bracket
     "not_descent",  # the slope is not positive and no decrease was found: η_c = 0
     "no_upper",  # the loss never rises along the update
     "no_lower",  # the loss never falls along the update
@@ -26,6 +27,10 @@ Status = Literal[
     "failed",  # an error during the measurement; `reason` says which
 ]
 STATUSES: tuple[str, ...] = get_args(Status)
+
+#: Those that come with η_c and λ_c, and those that come without.
+MEASURED = ("found", "estimated")
+MISSED = tuple(status for status in STATUSES if status not in MEASURED)
 
 #: Above this ratio of loss noise to the predicted decrease s·η_c a root is not trusted.
 NOISE_LIMIT = 0.03
@@ -54,6 +59,8 @@ class Measurement:
         slope: s = ⟨g, Δθ⟩ with the unclipped gradient g, the first-order decrease for a unit of
             learning rate.
         critical_lr: η_c = min{η > 0 : L(θ − ηΔθ) > L(θ)} (Def. 2.1), interpolated in its bracket.
+        critical_lr_error: relative standard uncertainty of an ``estimated`` η_c, and so of λ_c.
+            Under ``found`` the bracket is what is known, and this is ``None``.
         critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper); under other
             statuses than ``found`` the tightest one seen.
         critical_sharpness: λ_c = 2/η_c (Def. 2.1).
@@ -84,6 +91,7 @@ class Measurement:
     loss: float | None = None
     slope: float | None = None
     critical_lr: float | None = None
+    critical_lr_error: float | None = None
     critical_lr_lower: float | None = None
     critical_lr_upper: float | None = None
     critical_sharpness: float | None = None

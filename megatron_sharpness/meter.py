@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import (
@@ -24,9 +24,12 @@ from megatron_sharpness.measurement import (
     edge_of_stability_preconditioned,
 )
 from megatron_sharpness.search import (
+    Method,
+    Probe,
     SearchResult,
     estimate_directional_sharpness,
     find_critical_lr,
+    predict_critical_lr,
 )
 
 #: L(θ) of the training pass and its replay agree to this, relatively, where nothing is wrong: they
@@ -54,8 +57,9 @@ class Settings:
 
     Attributes:
         every: interval in iterations; 0 is off.
-        method: line search, ``certified`` or the paper's ``bisection``.
-        tolerance: width |1 − lower/upper| of the bracket to reach, in (0, 1).
+        method: line search: ``certified``, ``point`` or the paper's ``bisection``.
+        tolerance: width |1 − lower/upper| of the bracket to reach, or largest uncertainty of an
+            estimate, in (0, 1).
         initial_guess: learning rate at which the very first search starts; the step's own if None.
         max_evaluations: most forward passes that one search may spend.
         on_error: what a failed measurement does to the run.
@@ -65,7 +69,7 @@ class Settings:
     """
 
     every: int = 100
-    method: Literal["certified", "bisection"] = "certified"
+    method: Method = "certified"
     tolerance: float = 1 / 16
     initial_guess: float | None = None
     max_evaluations: int = 40
@@ -76,9 +80,11 @@ class Settings:
             raise SettingError(
                 "every", self.every, "an interval is positive; give 100, or 0 to switch it off"
             )
-        if self.method not in ("certified", "bisection"):
+        if self.method not in get_args(Method):
             raise SettingError(
-                "method", self.method, "no such line search; give 'certified' or 'bisection'"
+                "method",
+                self.method,
+                f"no such line search; give one of {', '.join(map(repr, get_args(Method)))}",
             )
         if not 0.0 < self.tolerance < 1.0:
             raise SettingError(
@@ -170,19 +176,27 @@ class Meter:
     warn: Callable[[str], object] = warnings.warn
     state: MeterState = field(default_factory=MeterState)
 
-    def measure(self, step: Step, loss_at: Callable[[float], float]) -> Measurement:
+    def measure(
+        self,
+        step: Step,
+        loss_at: Callable[[float], float],
+        change_at: Callable[[float], float] | None = None,
+    ) -> Measurement:
         """Find η_c of ``step`` and write the record to the sinks.
 
         Args:
             step: the step that has been made.
             loss_at: η ↦ L(θ − ηΔθ), the same number on every rank. It may return NaN or Inf, and
                 raises :class:`ProbeError`, on all ranks, where there is no number.
+            change_at: η ↦ L(θ − ηΔθ) − L(θ) over a part of the batch, if the search is to be
+                located with it: η_c is predicted from one such change, at the price of that part,
+                and the search begins there. It does not count as an evaluation.
 
         Raises:
             ProbeError: the measurement failed and ``settings.on_error`` is ``raise``. The record
                 has been written by then.
         """
-        outcome = self._outcome(step, loss_at)
+        outcome = self._outcome(step, loss_at, change_at)
         self.state.measurements += 1
         measurement = Measurement(
             iteration=step.iteration,
@@ -218,7 +232,12 @@ class Meter:
         known = {entry.name for entry in fields(MeterState)}
         self.state = MeterState(**{key: value for key, value in state.items() if key in known})
 
-    def _outcome(self, step: Step, loss_at: Callable[[float], float]) -> dict[str, Any]:
+    def _outcome(
+        self,
+        step: Step,
+        loss_at: Callable[[float], float],
+        change_at: Callable[[float], float] | None,
+    ) -> dict[str, Any]:
         """The fields of the record that the measurement itself determines."""
         if step.failed is not None:
             return _ended("failed", reason=step.failed)
@@ -236,7 +255,7 @@ class Meter:
             search = find_critical_lr(
                 loss_at,
                 loss=loss,
-                guess=self.state.guess or self.settings.initial_guess or step.lr,
+                guess=self._guess(step, loss, change_at),
                 slope=step.slope,
                 tolerance=self.settings.tolerance,
                 method=self.settings.method,
@@ -245,6 +264,16 @@ class Meter:
         except Exception as error:  # whatever it is, the run goes on
             return {**_ended("failed", reason=f"{type(error).__name__}: {error}"), **lines}
         return {**lines, **self._found(step, loss, search)}
+
+    def _guess(
+        self, step: Step, loss: float, change_at: Callable[[float], float] | None
+    ) -> float:
+        """Where the search begins."""
+        guess = self.state.guess or self.settings.initial_guess or step.lr
+        if change_at is None or not math.isfinite(loss):
+            return guess
+        located = Probe(guess, loss + change_at(guess))
+        return predict_critical_lr(loss, step.slope, located) or guess
 
     def _loss_at_start(self, step: Step, loss_at: Callable[[float], float]) -> float:
         """L(θ): the training loss where its replay is known to equal it, an evaluation elsewhere.
@@ -283,18 +312,20 @@ class Meter:
                 loss, step.slope, search.probes
             ),
         }
-        if search.status != "found" or search.eta is None:
+        if search.eta is None:
             return outcome
+        noise = 0.0
         if self.state.noise and step.slope is not None and step.slope > 0.0:
-            ratio = self.state.noise / (step.slope * search.eta)
-            if ratio > NOISE_LIMIT:
-                return outcome | _ended(
-                    "noise_limited",
-                    reason=f"the noise of the loss is {ratio:.0%} of the predicted decrease s·η_c",
-                )
+            noise = self.state.noise / (step.slope * search.eta)
+        if noise > NOISE_LIMIT:
+            return outcome | _ended(
+                "noise_limited",
+                reason=f"the noise of the loss is {noise:.0%} of the predicted decrease s·η_c",
+            )
         self.state.guess = search.eta
         return outcome | {
             "critical_lr": search.eta,
+            "critical_lr_error": None if search.error is None else math.hypot(search.error, noise),
             "critical_sharpness": 2.0 / search.eta,
             "lr_over_critical": step.lr / search.eta,
         }

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Method = Literal["certified", "bisection"]
-SearchStatus = Literal["found", "not_descent", "no_upper", "no_lower", "non_finite", "exhausted"]
+Method = Literal["certified", "point", "bisection"]
+SearchStatus = Literal[
+    "found", "estimated", "not_descent", "no_upper", "no_lower", "non_finite", "exhausted"
+]
 
 # Farthest the search leaves the guess: a factor of 2^40, about 10^12.
 _RANGE_LOG2 = 40
@@ -29,6 +31,15 @@ _ASCENT_FRACTIONS = (2.0**-3, 2.0**-6, 2.0**-12)
 # s·η_c of a typical language model in training, as a fraction of L(θ): what the first prediction
 # goes by where the slope is not known.
 _TYPICAL_FALL = 0.05
+# How sure a prediction is, fitted to byte-level GPTs in training. Where s·η_c is the fraction f of
+# L(θ), the distance from one probe to η_c is as predicted to within SPREAD·√f of it. The secant of
+# two corrects itself by what the prior alone would not have, to within REST of that; where it
+# corrects by more than the part MOST, the slope is not the loss's. Over the fraction
+# NEARLY_QUADRATIC the loss is too far from quadratic to go by one probe.
+_SPREAD = 1.3
+_REST = 0.35
+_MOST = 0.5
+_NEARLY_QUADRATIC = 0.1
 _TINIEST = math.ulp(0.0)
 
 
@@ -50,10 +61,12 @@ class SearchResult:
     Attributes:
         lower: largest probe below that lies under `upper`; None if there is none.
         upper: smallest probe above; None if there is none.
-        eta: η_c in [lower, upper] if the status is "found", else None.
+        eta: η_c in [lower, upper] if the status is "found", predicted if "estimated", else None.
+        error: relative standard uncertainty of `eta` if the status is "estimated", else None.
         evaluations: calls of `loss_at`.
         status:
             "found": L(lower) ≤ L(θ) < L(upper) and |1 - lower/upper| ≤ tolerance.
+            "estimated": η_c is predicted with an uncertainty ≤ tolerance; no bracket is promised.
             "not_descent": slope ≤ 0 and no decrease seen next to θ, so η_c = 0 and λ_c = ∞.
             "no_upper": the loss does not rise above L(θ) within a factor 2^40 of the guess.
             "no_lower": the loss does not fall to L(θ) within a factor 2^40 of the guess.
@@ -67,6 +80,7 @@ class SearchResult:
     lower: float | None
     upper: float | None
     eta: float | None
+    error: float | None
     evaluations: int
     status: SearchStatus
     non_monotone: bool
@@ -94,6 +108,12 @@ def find_critical_lr(
     for a prediction; without it one probe tells about how near η_c is, and two predict it.
     η_c is interpolated inside the bracket.
 
+    "point" probes as "certified" does and ends, "estimated", at the first or second probe if the
+    prediction's uncertainty is within the tolerance and it passes a check of itself: one probe
+    lies within about a tolerance of the η_c that it predicts; two agree about η_c within twice
+    the uncertainties that each states alone, and the secant of the two does not correct their
+    prediction by over a half. Else, and without a slope, it goes on as "certified".
+
     Args:
         loss_at: η ↦ L(θ - ηΔθ), in nat.
         loss: L(θ), in nat.
@@ -101,9 +121,11 @@ def find_critical_lr(
         slope: s = ⟨g, Δθ⟩, in nat per unit of η, with g the unclipped gradient of the same
             loss: L falls as -sη at first. A wrong slope can cost evaluations, and a slope ≤ 0
             that is contradicted by a decrease is ignored; the bracket is certified by
-            evaluations alone.
-        tolerance: relative width |1 - lower/upper| of the bracket, between 0 and 1.
-        method: "certified" or "bisection".
+            evaluations alone. An estimate goes by the slope: one that is too small fails its
+            check, one that is over half too large may pass it and be further off than is said.
+        tolerance: relative width |1 - lower/upper| of the bracket, or uncertainty of an estimate,
+            between 0 and 1.
+        method: "certified", "point" or "bisection".
         max_evaluations: most calls of `loss_at`.
 
     Raises:
@@ -111,7 +133,9 @@ def find_critical_lr(
     """
     _check(guess, tolerance, method, max_evaluations)
     search = _Search(loss, guess, slope, tolerance)
-    choose = search.bisect if method == "bisection" else search.certify
+    choose = {
+        "bisection": search.bisect, "certified": search.certify, "point": search.point
+    }[method]  # fmt: skip
     status: SearchStatus | None = None if math.isfinite(loss) else "non_finite"
     while status is None:
         if search.closed:
@@ -123,22 +147,26 @@ def find_critical_lr(
         else:
             search.add(Probe(choice, float(loss_at(choice))))
     eta: float | None = None
+    error: float | None = None
     if status == "found":
         eta = search.middle if method == "bisection" else search.interpolate()
+    elif status == "estimated" and (estimate := search.estimate()) is not None:
+        eta, error = estimate
     return SearchResult(
         lower=search.lower,
         upper=search.upper,
         eta=eta,
+        error=error,
         evaluations=len(search.probes),
         status=status,
-        non_monotone=search.upper is not None and search.upper < search.farthest_below,
+        non_monotone=search.non_monotone,
         probes=tuple(search.probes),
     )
 
 
 @dataclass
 class _Search:
-    """The probes so far, and the two ways to choose the next η or to name the ending."""
+    """The probes so far, and the ways to choose the next η or to name the ending."""
 
     loss: float
     guess: float
@@ -166,6 +194,15 @@ class _Search:
         if self.lower is None or self.upper is None:
             return False
         return abs(1 - self.lower / self.upper) <= self.tolerance
+
+    @property
+    def non_monotone(self) -> bool:
+        return self.upper is not None and self.upper < self.farthest_below
+
+    @property
+    def window(self) -> float:
+        """ln of the tolerance, just inside it, so that rounding does not leave a bracket open."""
+        return -math.log1p(-self.tolerance) * (1 - 1e-9)
 
     @property
     def one_sided(self) -> SearchStatus:
@@ -205,14 +242,16 @@ class _Search:
             doubt = self.doubt_descent()
             if doubt is not None:
                 return doubt
-        # Just inside the tolerance, so that rounding does not leave the bracket open.
-        window = -math.log1p(-self.tolerance) * (1 - 1e-9)
         root = self.predict()
         if self.lower is not None and self.upper is not None:
-            return self.inside(self.lower, self.upper, root, window)
+            return self.inside(self.lower, self.upper, root)
         if self.upper is not None:
-            return self.outside(self.upper, -1, root, window)
-        return self.outside(self.farthest_below, 1, root, window)
+            return self.outside(self.upper, -1, root)
+        return self.outside(self.farthest_below, 1, root)
+
+    def point(self) -> float | SearchStatus:
+        """Next η of `certify`, up to an estimate that is sure enough."""
+        return "estimated" if self.estimate() is not None else self.certify()
 
     def doubt_descent(self) -> float | SearchStatus | None:
         """Next η that tests a slope ≤ 0; None once a decrease nearer to θ contradicts it."""
@@ -223,32 +262,28 @@ class _Search:
         check = _ASCENT_FRACTIONS[1] * self.guess
         return check if len(self.probes) == 1 and check > 0 else None
 
-    def inside(
-        self, lower: float, upper: float, root: float | None, window: float
-    ) -> float | SearchStatus:
+    def inside(self, lower: float, upper: float, root: float | None) -> float | SearchStatus:
         """Next η inside the bracket: at the root, or a window from an end that is near to it."""
         low, high = math.log(lower), math.log(upper)
         middle = (low + high) / 2
         x = middle
-        if root is not None and not self.kept_half(3) and high - low > 2 * window:
+        if root is not None and not self.kept_half(3) and high - low > 2 * self.window:
             # The secant creeps where the loss bends: go past the root to meet its other side.
             past = 2 if self.kept_half(2) else 1
             if root < middle:
-                x = min(middle, low + self.reach(past * (root - low), window))
+                x = min(middle, low + self.reach(past * (root - low)))
             else:
-                x = max(middle, high - self.reach(past * (high - root), window))
+                x = max(middle, high - self.reach(past * (high - root)))
         eta = _exp(x)
         return self.between(eta if lower < eta < upper else self.middle)
 
-    def outside(
-        self, known: float, sign: int, root: float | None, window: float
-    ) -> float | SearchStatus:
+    def outside(self, known: float, sign: int, root: float | None) -> float | SearchStatus:
         """Next η on the side (sign) that is not met yet, with bounds that grow at each failure."""
         end = math.log(known)
         failed = len(self.probes) - 1
         longest = math.log(8 if self.descent is None else 64) * 2**failed
-        shortest = window * 4 ** max(failed - 4, 0)
-        step = longest if root is None else self.reach(sign * (root - end), window)
+        shortest = self.window * 4 ** max(failed - 4, 0)
+        step = longest if root is None else self.reach(sign * (root - end))
         step = min(max(step, shortest), longest)
         left = _RANGE_LOG2 * math.log(2) - abs(end - math.log(self.guess))
         eta = _exp(end + sign * min(step, left))
@@ -258,13 +293,17 @@ class _Search:
         """Whether the last `count` probes together left over half of the bracket."""
         return len(self.widths) > count and self.widths[-1] > self.widths[-1 - count] / 2
 
-    def reach(self, distance: float, window: float) -> float:
-        """A step to the root, or the window that certifies one that is within it (or nearly)."""
-        if distance > 1.2 * window:
+    def near(self, distance: float) -> bool:
+        """Whether a window reaches that far, or nearly."""
+        return distance <= 1.2 * self.window
+
+    def reach(self, distance: float) -> float:
+        """A step to the root, or the window that certifies one that is near."""
+        if not self.near(distance):
             self.misses = 0
             return distance
         self.misses += 1
-        return window * 4.0 ** min(max(self.misses - 2, 0), 20)
+        return self.window * 4.0 ** min(max(self.misses - 2, 0), 20)
 
     def between(self, eta: float) -> float | SearchStatus:
         """η if it splits the bracket; no float does when the two are neighbours."""
@@ -273,10 +312,39 @@ class _Search:
 
     def predict(self) -> float | None:
         """ln of the predicted η_c: the secant of the deviations of the two best probes."""
+        if self.descent is None and len(self.probes) == 1:
+            return self.predict_typical()
+        best = self.deviations()
+        return best[0][0] - best[0][1] / _gain(best) if best else None
+
+    def estimate(self) -> tuple[float, float] | None:
+        """η_c and its relative standard uncertainty, if one or two probes are enough for both."""
+        best = self.deviations() if self.descent is not None and self.loss > 0 else []
+        if not 1 <= len(best) == len(self.probes) <= 2 or self.non_monotone:
+            return None
+        assert self.descent is not None
+        x, deviation = best[0]
+        eta = _exp(x - deviation / _gain(best))
+        fall = self.descent * eta / self.loss
+        spread = _SPREAD * math.sqrt(fall)
+        if len(best) == 1:
+            error = spread * abs(deviation)
+            agrees = self.near(abs(deviation)) and fall <= _NEARLY_QUADRATIC
+        else:
+            other_x, other = best[1]
+            correction = 1 / _gain(best) - 1
+            error = _REST * abs(deviation) * math.hypot(correction, spread * other)
+            apart = abs((x - deviation) - (other_x - other))
+            agrees = apart <= 2 * spread * math.hypot(deviation, other)
+            agrees = agrees and abs(correction) <= _MOST
+        return (eta, error) if agrees and error <= self.tolerance else None
+
+    def deviations(self) -> list[tuple[float, float]]:
+        """(ln η, predicted ln(η/η_c)) of the one or two probes to go by, the nearer first."""
         finite = sorted((p for p in self.probes if math.isfinite(p.loss)), key=lambda p: p.lr)
         slope = self.descent or _secant_slope(self.loss, finite)
         if slope is None:
-            return self.predict_typical() if len(self.probes) == 1 else None
+            return []
         points = [
             (math.log(probe.lr), deviation, probe.lr in (self.lower, self.upper))
             for probe in finite
@@ -286,16 +354,9 @@ class _Search:
         points.sort(key=lambda point: abs(point[1]))
         ends = [point for point in points if point[2]]
         best = ends if len(ends) == 2 else points[:2]
-        if not best:
-            return None
         if len(ends) == 1 and best[0] is not ends[0]:
             best = ends  # the loss bends back, and the secant would point away from the root
-        x, deviation, _ = best[0]
-        gain = 1.0
-        if len(best) == 2 and best[1][0] != x:
-            gain = (best[1][1] - deviation) / (best[1][0] - x)
-            gain = min(max(gain, 0.1), 10.0)
-        return x - deviation / gain
+        return [(x, deviation) for x, deviation, _ in best]
 
     def predict_typical(self) -> float:
         """ln of the η_c that the first probe has on a quadratic loss of the typical slope."""
@@ -320,6 +381,14 @@ class _Search:
 def _exp(x: float) -> float:
     """exp(x), kept to positive finite floats."""
     return max(math.exp(min(x, math.log(sys.float_info.max))), _TINIEST)
+
+
+def _gain(points: list[tuple[float, float]]) -> float:
+    """Slope of the deviation over ln η, which is 1 where the prediction is right."""
+    if len(points) < 2 or points[0][0] == points[1][0]:
+        return 1.0
+    (x, deviation), (other_x, other) = points
+    return min(max((other - deviation) / (other_x - x), 0.1), 10.0)
 
 
 def _secant_slope(loss: float, probes: list[Probe]) -> float | None:
@@ -348,6 +417,27 @@ def _deviation(loss: float, slope: float, probe: Probe) -> float | None:
     drop = slope * probe.lr / loss / math.sqrt(y) if loss > 0 else 0.0
     least = 0.1 + 0.3 * abs(v) / (1 + abs(v))
     return v / (least + (1 - least) / (1 + 25 * drop * drop))
+
+
+def predict_critical_lr(loss: float, slope: float | None, probe: Probe) -> float | None:
+    """η_c as one probe predicts it, which may be of a part of the batch: where to begin a search.
+
+    Args:
+        loss: L(θ), in nat.
+        slope: s = ⟨g, Δθ⟩, in nat per unit of η.
+        probe: an evaluation on the line.
+
+    Returns:
+        η_c within a factor of 64 of the probe, or None if the slope is unknown or ≤ 0 or does not
+        go with the probe.
+    """
+    if slope is None or not 0 < slope < math.inf or not math.isfinite(probe.loss):
+        return None
+    deviation = _deviation(loss, slope, probe)
+    farthest = math.log(64)
+    if deviation is None:
+        return None
+    return _exp(math.log(probe.lr) - min(max(deviation, -farthest), farthest))
 
 
 def estimate_directional_sharpness(

@@ -23,7 +23,12 @@ from megatron.training import (
     training,
 )
 
-from megatron_sharpness.arguments import check_log_is_writable, log_path, settings_of
+from megatron_sharpness.arguments import (
+    check_log_is_writable,
+    check_microbatches,
+    log_path,
+    settings_of,
+)
 from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
@@ -60,6 +65,7 @@ class MeasuredTrainStep:
         self._settings = settings
         self._offload = args.critical_sharpness_offload == "cpu"
         self._mode = args.critical_sharpness_mode
+        self._microbatches = args.critical_sharpness_microbatches
         self._meter: Meter | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +114,7 @@ class MeasuredTrainStep:
                 consumed_samples=args.consumed_train_samples
                 + get_current_running_global_batch_size(),
                 trained=self._mode == "train",
+                microbatches=self._microbatches,
             )
         setattr(args, STATE, self.meter.state_dict())
 
@@ -150,6 +157,7 @@ def attach(args: Any) -> None:
         RuntimeError: this version of Megatron lacks what the hook needs.
     """
     settings = settings_of(args)
+    check_microbatches(args)
     check_log_is_writable(args)
     refuse_unsupported(args)
     check_interfaces(NEEDED, getattr(training, "train_step", None))

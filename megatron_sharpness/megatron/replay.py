@@ -36,13 +36,27 @@ class RecordingSchedule:
         self.losses = self.schedule(**{**kwargs, "data_iterator": self._batches})
         return self.losses
 
-    def replay(self) -> Any:
-        """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights."""
+    @property
+    def microbatches(self) -> int:
+        """How many micro-batches the step has on a rank."""
+        return int(self._kwargs["num_microbatches"])
+
+    def replay(self, microbatches: int | None = None) -> Any:
+        """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights.
+
+        Args:
+            microbatches: how many of the step's micro-batches, its first ones; all if None.
+        """
         for state in self._before:
             state.restore()
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
+        replayed = {
+            "data_iterator": batches,
+            "num_microbatches": microbatches or self.microbatches,
+            "forward_only": True,
+        }
         with torch.no_grad():  # forward_only alone does not disable gradients
-            return self.schedule(**{**self._kwargs, "data_iterator": batches, "forward_only": True})
+            return self.schedule(**{**self._kwargs, **replayed})
 
 
 class _Tee:

@@ -71,14 +71,30 @@ class ObservedStep:
         iteration: int,
         consumed_samples: int,
         trained: bool,
+        microbatches: int = 0,
     ) -> Measurement:
         """Measure the step, and leave the model at θ_{t+1}. Collective.
 
-        Where ``trained`` is False the probes do not evaluate the loss that was trained on.
+        Args:
+            meter: what measures it.
+            schedule: what has recorded its passes.
+            iteration: number of the step.
+            consumed_samples: samples trained on up to and with it.
+            trained: whether the probes evaluate the loss that was trained on.
+            microbatches: on how many of the step's micro-batches the search is located; 0 is all.
         """
         step = self._agree(iteration, consumed_samples, schedule, trained)
+
+        def change_at(eta: float) -> float:
+            start, _ = reduce_losses(schedule.losses[:microbatches], None)
+            return self._probe(schedule, eta / step.lr, microbatches) - start
+
         try:
-            return meter.measure(step, lambda eta: self._probe(schedule, eta / step.lr))
+            return meter.measure(
+                step,
+                lambda eta: self._probe(schedule, eta / step.lr),
+                change_at if 0 < microbatches < schedule.microbatches else None,
+            )
         finally:
             self.line.restore()
 
@@ -141,8 +157,12 @@ class ObservedStep:
             return 1.0
         return min(1.0, limit / (float(grad_norm) + 1e-6))
 
-    def _probe(self, schedule: RecordingSchedule, fraction: float) -> float:
+    def _probe(
+        self, schedule: RecordingSchedule, fraction: float, microbatches: int | None = None
+    ) -> float:
         """The loss at θ_t + fraction·(θ_{t+1} − θ_t), the same number on every rank.
+
+        Over the step's first ``microbatches``, or all.
 
         A rank that could not write its weights makes the collectives that the others wait in all
         the same, and says so in the reduction of the loss.
@@ -154,7 +174,7 @@ class ObservedStep:
             error = caught
         self.line.sync()
         try:
-            losses = schedule.replay()
+            losses = schedule.replay(microbatches)
         except Exception as caught:
             error = error or caught
         self.line.finish()

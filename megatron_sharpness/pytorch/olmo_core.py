@@ -53,7 +53,7 @@ class CriticalSharpnessCallback(Callback):
     every: int = 100
     mode: Literal["train", "eval"] = "train"
     offload: Literal["none", "cpu"] = "none"
-    method: Literal["certified", "bisection"] = "certified"
+    method: Literal["certified", "point", "bisection"] = "certified"
     tolerance: float = 1 / 16
     initial_guess: float | None = None
     max_evaluations: int = 40

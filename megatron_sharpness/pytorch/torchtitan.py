@@ -38,8 +38,8 @@ class CriticalSharpnessConfig:
     offload: Literal["none", "cpu"] = "none"
     """Whether the copies of the parameters are kept in host memory."""
 
-    method: Literal["certified", "bisection"] = "certified"
-    """The line search; ``bisection`` is the paper's."""
+    method: Literal["certified", "point", "bisection"] = "certified"
+    """The line search; ``point`` estimates and does not certify, ``bisection`` is the paper's."""
 
     tolerance: float = 1 / 16
     """Width |1 - lower/upper| of the bracket around the critical learning rate."""

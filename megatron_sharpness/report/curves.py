@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sharpness.measurement import STATUSES
+from megatron_sharpness.measurement import MISSED
 from megatron_sharpness.report.figure import (
     BLUE,
     DOTTED_UP_TO,
@@ -43,7 +43,7 @@ STAGE_COLORS = {
     BELOW_EDGE: "#E6E6E6",
 }
 _SYMBOLS = "x-thin triangle-up square diamond triangle-down cross star circle cross-thin"
-MISSED_SYMBOLS = dict(zip(STATUSES[1:], _SYMBOLS.split(), strict=True))
+MISSED_SYMBOLS = dict(zip(MISSED, _SYMBOLS.split(), strict=True))
 
 STAGES, SHARPNESS, RATE, RATIO, LOSS, EVALUATIONS, SECONDS = range(1, 8)
 MARKS = 8  # in the panel of λ_c: a y axis from 0 at its foot to 1, and a legend below it
@@ -308,7 +308,7 @@ def _missed_marks(runs: list[Run]) -> list[dict[str, Any]]:
     marks: dict[str, list[tuple[int, Run, Record]]] = {}
     for number, run in enumerate(runs):
         for record in run.records:
-            if record["status"] != "found":
+            if record["status"] in MISSED:
                 marks.setdefault(record["status"], []).append((number, run, record))
     return [
         {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import STATUSES
+from megatron_sharpness.measurement import MISSED
 from megatron_sharpness.report.records import Array, Record, Run
 
 # Okabe and Ito's blue, vermilion and green: told apart by colour-blind readers too
@@ -41,7 +41,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
-MISSED_MARKERS = dict(zip(STATUSES[1:], "x^sDvP*o+", strict=True))
+MISSED_MARKERS = dict(zip(MISSED, "x^sDvP*o+", strict=True))
 DOTTED_UP_TO = 120  # measurements; more of them are a line without dots
 
 
@@ -267,7 +267,7 @@ def _name_missed(axes: Any, records: list[Record]) -> None:
 
 
 def _count_missed(records: list[Record]) -> Counter[str]:
-    return Counter(record["status"] for record in records if record["status"] != "found")
+    return Counter(record["status"] for record in records if record["status"] in MISSED)
 
 
 def _missed_style(status: str) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sharpness.measurement import MEASURED
 from megatron_sharpness.report.records import Array, Run, TrainingCurves
 
 EARLY_REDUCTION = "early reduction"
@@ -177,10 +178,10 @@ def find_stages(
         iteration: iterations that were measured, ascending.
         sharpness: λ_c at each.
         edge: 2/η − γ at each.
-        status: how each measurement ended; only ``found`` ones are used.
+        status: how each measurement ended; those without a number are not used.
         training: the loss, as densely as it is known; catapult events quote it.
     """
-    used = (np.array(status) == "found") & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
+    used = np.isin(status, MEASURED) & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
     if used.sum() < LEAST:
         return Stages((), ())
     iteration, log_sharpness = iteration[used], np.log(sharpness[used])

@@ -33,6 +33,7 @@ def format_line(measurement: Measurement) -> str:
     for name, value in (
         ("critical sharpness", measurement.critical_sharpness),
         ("critical learning rate", measurement.critical_lr),
+        ("relative error of both", measurement.critical_lr_error),
         ("learning rate over critical", measurement.lr_over_critical),
         ("directional sharpness", measurement.directional_sharpness),
     ):

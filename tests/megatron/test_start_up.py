@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.arguments import add_arguments
+from megatron_sharpness.arguments import (
+    add_arguments,
+    add_microbatches_argument,
+    check_microbatches,
+)
+from megatron_sharpness.errors import InputError
 from tests.megatron.harness import MODEL, ROOT
 
 #: Parses command lines with Megatron's own parser and validation, and prints what came of each.
@@ -68,6 +73,12 @@ REFUSED = {
         "--critical-sharpness-max-evaluations 0", "leave it out",
     ],
     f"{EVERY} 10 --critical-sharpness-method newton": ["newton", "certified"],
+    f"{EVERY} 10 --critical-sharpness-microbatches -1": [
+        "--critical-sharpness-microbatches -1", "positive", "give 0",
+    ],
+    f"{EVERY} 10 --critical-sharpness-microbatches 1 --critical-sharpness-mode eval": [
+        "--critical-sharpness-microbatches 1", "mode 'train'", "leave it out",
+    ],
     f"{EVERY} 10 --critical-sharpness-log /proc/none/log.jsonl": [
         "--critical-sharpness-log /proc/none/log.jsonl", "cannot be written", "name a file",
     ],
@@ -97,6 +108,18 @@ def test_bad_input_is_refused_by_name(
         assert part in outcome, outcome
 
 
+def test_a_part_that_the_interleaved_schedule_cannot_run_is_refused() -> None:
+    args = argparse.Namespace(
+        critical_sharpness_microbatches=6, critical_sharpness_mode="train",
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2,
+        microbatch_group_size_per_vp_stage=4,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"--critical-sharpness-microbatches 6: .*multiple of 4"):
+        check_microbatches(args)
+    args.critical_sharpness_microbatches = 8
+    check_microbatches(args)
+
+
 def test_off_hooks_and_imports_nothing(seen: dict[str, tuple[str, bool, bool]]) -> None:
     assert seen[""] == ("accepted", False, False)
     assert seen[f"{EVERY} 0"] == ("accepted", False, False)
@@ -104,10 +127,11 @@ def test_off_hooks_and_imports_nothing(seen: dict[str, tuple[str, bool, bool]]) 
 
 
 def test_help_has_the_group() -> None:
-    text = add_arguments(argparse.ArgumentParser()).format_help()
+    parser = add_microbatches_argument(add_arguments(argparse.ArgumentParser()))
+    text = parser.format_help()
     assert "critical sharpness:" in text
     for flag in ("every", "method", "tolerance", "initial-guess", "max-evaluations", "mode",
-                 "offload", "log", "on-error"):  # fmt: skip
+                 "offload", "log", "on-error", "microbatches"):  # fmt: skip
         assert f"critical-sharpness-{flag}" in text
 
 

@@ -46,7 +46,7 @@ def test_scalars_leave_out_what_was_not_measured() -> None:
 
 def test_statuses_are_the_contract() -> None:
     assert STATUSES == (
-        "found", "not_descent", "no_upper", "no_lower", "non_finite", "exhausted",
+        "found", "estimated", "not_descent", "no_upper", "no_lower", "non_finite", "exhausted",
         "skipped_step", "zero_lr", "noise_limited", "failed",
     )  # fmt: skip
 

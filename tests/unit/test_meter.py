@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, ProbeError, Settings, Step
+from megatron_sharpness.meter import Meter, MeterState, ProbeError, Settings, Step
 
 SLOPE, CURVATURE, START = 2.0, 40.0, 3.0
 CRITICAL = 2.0 * SLOPE / CURVATURE
@@ -169,3 +169,31 @@ def test_state_goes_through_a_checkpoint() -> None:
 def test_due_counts_from_one() -> None:
     settings = Settings(every=3)
     assert [i for i in range(1, 10) if settings.due(i)] == [3, 6, 9]
+
+
+def test_a_part_of_the_batch_says_where_to_begin() -> None:
+    changes, parts = counted(lambda eta: 0.9 * (quadratic(eta) - START))
+    loss_at, calls = counted(quadratic)
+    meter = Meter(Settings(), state=MeterState(guess=CRITICAL / 2, replay_is_exact=True, noise=0.0))
+    record = meter.measure(STEP, loss_at, changes)
+    assert parts == [CRITICAL / 2]
+    assert calls[0] == pytest.approx(CRITICAL, rel=0.1)
+    assert record.status == "found" and record.evaluations == len(calls)
+
+
+@pytest.mark.parametrize("change", [math.nan, math.inf, -1e9])
+def test_a_part_that_says_nothing_leaves_the_guess(change: float) -> None:
+    loss_at, calls = counted(quadratic)
+    meter = Meter(Settings(), state=MeterState(guess=CRITICAL / 2, replay_is_exact=True, noise=0.0))
+    record = meter.measure(STEP, loss_at, lambda eta: change)
+    assert calls[0] == CRITICAL / 2 and record.status == "found"
+
+
+def test_an_estimate_states_its_error_and_is_where_the_next_search_begins() -> None:
+    meter = Meter(Settings(method="point"))
+    record = meter.measure(STEP, quadratic)
+    assert record.status == "estimated"
+    assert record.critical_lr_error is not None and 0 < record.critical_lr_error < 1 / 16
+    assert record.critical_lr == pytest.approx(CRITICAL, rel=2 * record.critical_lr_error)
+    assert record.critical_sharpness == 2 / record.critical_lr
+    assert meter.state.guess == record.critical_lr

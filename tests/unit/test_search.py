@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sharpness.search import (
+    Method,
     Probe,
     SearchResult,
     SearchStatus,
@@ -49,8 +50,12 @@ def check(result: SearchResult, loss: float, tolerance: float, max_evaluations: 
         assert result.lower is not None and result.upper is not None and result.eta is not None
         assert abs(1 - result.lower / result.upper) <= tolerance
         assert result.lower <= result.eta <= result.upper
+    elif result.status == "estimated":
+        assert result.eta is not None and 0 < result.eta < math.inf
+        assert result.error is not None and 0 <= result.error <= tolerance
     else:
         assert result.eta is None
+    assert (result.error is not None) == (result.status == "estimated")
     if result.status in ("no_lower", "not_descent"):
         assert result.lower is None and result.upper is not None
     if result.status == "no_upper":
@@ -206,7 +211,7 @@ class TestEndings:
             raise AssertionError("nothing is to be evaluated")
 
         result = find_critical_lr(loss_at, loss=loss, guess=0.1, slope=1.0, method=method)
-        assert result == SearchResult(None, None, None, 0, "non_finite", False, ())
+        assert result == SearchResult(None, None, None, None, 0, "non_finite", False, ())
 
     @both_methods
     @pytest.mark.parametrize("evaluations", [1, 2])
@@ -377,7 +382,7 @@ def searches(draw: st.DrawFn) -> tuple[Callable[[float], float], dict[str, objec
         "guess": guess,
         "slope": slope,
         "tolerance": draw(st.sampled_from([1 / 16, 0.5, 0.99, 1e-3, 1e-12, 1e-17])),
-        "method": draw(st.sampled_from(METHODS)),
+        "method": draw(st.sampled_from(get_args(Method))),
         "max_evaluations": draw(st.sampled_from([1, 2, 3, 5, 40, 200])),
     }
     return loss_at, options
