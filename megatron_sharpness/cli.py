@@ -10,12 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sharpness import data, report
+from megatron_sharpness import data, estimate, report
 from megatron_sharpness.errors import InputError
 
 COMMANDS = {
     "tokenize": (data, "write text into Megatron's indexed dataset format, byte by byte"),
     "report": (report, "print the last measurements of a run and draw its curves"),
+    "estimate": (estimate, "predict what measuring would cost a run, in time and memory"),
 }
 
 

@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.args"))
 VERSIONS = {"installed": None, "other": os.environ.get("MEGATRON_CORE_OTHER")}
 
-# As rank 0 of 8; without a GPU the CPU backend stands in for what the checks ask of CUDA.
+# Tensor, pipeline and data parallel size, sequence parallelism; the data parallel size brings the
+# ranks to 8, or to as many as the other two take.
+LAYOUTS = {
+    "gpt_12layer_768": (1, 1, 8, False),
+    "llama_7b": (2, 2, 2, True),
+    "llama_70b": (8, 4, 1, True),
+}
+
+# As rank 0; without a GPU the CPU backend stands in for what the checks ask of CUDA.
 CHECK = """
 import sys
 from megatron_sharpness.megatron import cpu_backend
@@ -48,8 +56,9 @@ def test_megatron_accepts_the_configuration(config: Path, version: str, tmp_path
     )
     command = shlex.split(launcher.stdout)
     flags = command[command.index("launch/pretrain_gpt.py") + 1 :]
+    tensor, pipeline, data, sequence = LAYOUTS[config.stem]
     environment = os.environ | {
-        "WORLD_SIZE": "8",
+        "WORLD_SIZE": str(tensor * pipeline * data),
         "RANK": "0",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [other, str(ROOT)])),
@@ -62,8 +71,5 @@ def test_megatron_accepts_the_configuration(config: Path, version: str, tmp_path
         timeout=120,
     )
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
-    layouts = {
-        "gpt_12layer_768": "layout: 1 1 8 False torch.bfloat16",
-        "llama_7b": "layout: 2 2 2 True torch.bfloat16",
-    }
-    assert layouts[config.stem] in result.stdout
+    layout = f"layout: {tensor} {pipeline} {data} {sequence} torch.bfloat16"
+    assert layout in result.stdout

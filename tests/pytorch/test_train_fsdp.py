@@ -465,7 +465,11 @@ def launch(script: str, *arguments: str, **variables: str) -> subprocess.Complet
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.args")), ids=lambda path: path.stem)
+#: Without llama_70b: this script's own GPT has no grouped-query attention, and refuses it by name.
+CONFIGS = [path for path in sorted(ROOT.glob("configs/*.args")) if path.stem != "llama_70b"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_slurm_starts_the_configurations_on_its_nodes(
     config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

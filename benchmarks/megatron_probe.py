@@ -1,0 +1,106 @@
+"""A training script under ``python -m megatron_sharpness.megatron``: launch/pretrain_gpt.py, whose
+measurement only times its pieces, in turns with plain forward-only passes."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+
+from benchmarks import ranks
+from benchmarks.results import ROOT
+from megatron_sharpness.megatron.replay import current_device, reduce_losses
+from megatron_sharpness.megatron.step import ObservedStep
+
+
+def measure(
+    observed: ObservedStep,
+    meter: Any,
+    schedule: Any,
+    *,
+    iteration: int,
+    consumed_samples: int,
+    trained: bool,
+    microbatches: int,
+) -> None:
+    """In place of :meth:`ObservedStep.measure`."""
+    observed._agree(iteration, consumed_samples, schedule, trained)
+    states = schedule._before
+    losses = schedule.losses
+
+    def plain() -> None:
+        schedule._before = []
+        passed = schedule.replay()
+        schedule._before = states
+        for entry in passed:
+            float(next(iter(entry.values())).view(-1)[0])
+
+    def restore_states() -> None:
+        for state in states:
+            state.restore()
+
+    line = observed.line
+    fraction = 1.5
+    seconds = ranks.alternate(
+        {
+            "plain": plain,
+            "probe": lambda: observed._probe(schedule, fraction),
+            "write": lambda: line.move(fraction),
+            "gather": line.sync,
+            "states": restore_states,
+            "reduce": lambda: reduce_losses(losses, None),
+        },
+        int(os.environ["BENCHMARK_REPETITIONS"]),
+    )
+    shards = [shard for entry, _ in line.lines for shard in entry.shards]
+    written = sum(
+        shard.main.nbytes * 2 + shard.model.nbytes for shard in shards
+    )  # θ_t and θ_{t+1} are read, the model is written
+    gathered = sum(
+        buffer.param_data.nbytes
+        for chunk in line.gathered
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+    )
+    line.restore()
+    ranks.write(
+        {
+            "seconds": seconds,
+            "written": written,
+            "gathered": gathered if mpu.get_data_parallel_world_size() > 1 else 0,
+            "copy": copy_bandwidth(written),
+            "gather": gather_bandwidth(gathered),
+            "parameters": sum(shard.main.numel() for shard in shards),
+        }
+    )
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes read and written a second by a copy of ``size`` bytes in all."""
+    source = torch.zeros(size // 8, device=current_device())
+    target = torch.ones_like(source)
+    seconds = ranks.alternate({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2 * source.nbytes / sorted(seconds)[2]
+
+
+def gather_bandwidth(size: int) -> float:
+    """Bytes a second that one all-gather of ``size`` bytes over the data-parallel ranks brings."""
+    group = mpu.get_data_parallel_group()
+    if not size or group.size() == 1:
+        return 0.0
+    whole = torch.zeros(
+        size // group.size() * group.size(), dtype=torch.uint8, device=current_device()
+    )
+    part = whole.chunk(group.size())[group.rank()].clone()
+    seconds = ranks.alternate(
+        {"gather": lambda: dist.all_gather_into_tensor(whole, part, group=group)}, 5
+    )["gather"]
+    return whole.nbytes / sorted(seconds)[2]
+
+
+if __name__ == "__main__":
+    ObservedStep.measure = measure  # type: ignore[assignment, method-assign]
+    runpy.run_path(str(ROOT / "launch" / "pretrain_gpt.py"), run_name="__main__")
