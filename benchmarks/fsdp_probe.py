@@ -19,7 +19,7 @@ FRACTION = 1.5
 
 def main() -> None:
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
-    training = Training(Size(), sharded=True)
+    training = Training(Size(sequence=512, micro_batches=4), sharded=True)
     training.step()
     observed = ObservedStep(training.model, [training.optimizer], offload=False)
     training.step()

@@ -87,14 +87,17 @@ def copy_bandwidth(size: int) -> float:
 
 
 def gather_bandwidth(size: int) -> float:
-    """Bytes a second that one all-gather of ``size`` bytes over the data-parallel ranks brings."""
+    """Bytes a second that one all-gather of ``size`` bytes over the data-parallel ranks brings.
+
+    In place, as Megatron gathers.
+    """
     group = mpu.get_data_parallel_group()
     if not size or group.size() == 1:
         return 0.0
     whole = torch.zeros(
         size // group.size() * group.size(), dtype=torch.uint8, device=current_device()
     )
-    part = whole.chunk(group.size())[group.rank()].clone()
+    part = whole.chunk(group.size())[group.rank()]
     seconds = ranks.alternate(
         {"gather": lambda: dist.all_gather_into_tensor(whole, part, group=group)}, 5
     )["gather"]

@@ -172,28 +172,34 @@ def run() -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Mean / 95th percentile of passes, and the error where a bracket does not bound it."""
-    results = document["results"]
+    """Mean / 95th percentile of passes; median / largest 95th percentile of the error; and how many
+    estimates are within the stated uncertainty / within twice."""
+    lines: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in document["results"]:
+        key = (row["group"], row["phase"], row["method"])
+        lines.setdefault(key, {})[row["cadence"]] = row
 
-    def cell(group: str, phase: str, method: str, cadence: str) -> str:
-        found = [
-            row
-            for row in results
-            if (row["group"], row["phase"], row["method"], row["cadence"])
-            == (group, phase, method, cadence)
-        ]
-        return f"{found[0]['mean']:.2f} / {found[0]['p95']:g}" if found else "–"
+    def cells(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+        for cadence in CADENCES:
+            row = found.get(cadence)
+            yield f"{row['mean']:.2f} / {row['p95']:g}" if row else "–"
+        error = statistics.median(row["median_error_of_eta"] for row in found.values())
+        worst = max(row["p95_error_of_eta"] for row in found.values())
+        yield f"{error:.2%} / {worst:.1%}"
+        yield " / ".join(f"{share:.0%}" for share in _shares(list(found.values()))) or "–"
 
-    rows = []
-    for group, phase in dict.fromkeys((row["group"], row["phase"]) for row in results):
-        for method in METHODS:
-            chosen = [
-                row
-                for row in results
-                if (row["group"], row["phase"], row["method"]) == (group, phase, method)
-            ]
-            error = statistics.median(row["median_error_of_eta"] for row in chosen)
-            worst = max(row["p95_error_of_eta"] for row in chosen)
-            cells = [cell(group, phase, method, cadence) for cadence in CADENCES]
-            rows.append((group, phase, method, *cells, f"{error:.2%} / {worst:.1%}"))
-    return markdown(("runs", "phase", "search", *CADENCES, "error of η_c"), rows)
+    return markdown(
+        ("runs", "phase", "search", *CADENCES, "error of η_c", "within stated / twice"),
+        ((*key, *cells(found)) for key, found in lines.items()),
+    )
+
+
+def _shares(rows: list[dict[str, Any]]) -> list[float]:
+    """Shares of all estimates that are within what was stated, and within twice that."""
+    count = sum(row["statuses"].get("estimated", 0) for row in rows)
+    if not count:
+        return []
+    return [
+        sum((row[name] or 0.0) * row["statuses"].get("estimated", 0) for row in rows) / count
+        for name in ("within_stated", "within_twice_stated")
+    ]

@@ -23,9 +23,9 @@ from benchmarks.results import between, markdown, spread
 REPETITIONS = 15
 
 MEGATRON = """
---num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 256
---max-position-embeddings 256 --position-embedding-type rope --attention-dropout 0
---hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8 --train-iters 3
+--num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 512
+--max-position-embeddings 512 --position-embedding-type rope --attention-dropout 0
+--hidden-dropout 0 --micro-batch-size 2 --global-batch-size 16 --train-iters 3
 --mock-data --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0
 --eval-interval 1000 --lr 1e-3 --min-lr 1e-4 --lr-decay-style constant --log-interval 1 --bf16
 --use-distributed-optimizer --measure-critical-sharpness-every 3

@@ -1,7 +1,7 @@
 """What measuring every 10, 100 or 1000 iterations adds to the time of a training.
 
 Megatron trains a GPT on the Python documentation in one process, in turns without and with
-measurements, from the same seed:
+measurements, and every second pair the other way round, from the same seed:
 
     pair      wall time of the iterations with measurements ÷ without, of each pair of runs
     inside    time spent in measurements ÷ the rest of the same run, which other load on the machine
@@ -23,7 +23,7 @@ from benchmarks.results import between, markdown, spread
 from megatron_sharpness import cli
 
 #: Interval → iterations of a run, pairs of runs.
-CADENCES = {10: (300, 3), 100: (1000, 2), 1000: (3000, 1)}
+CADENCES = {10: (200, 4), 100: (500, 4), 1000: (1100, 2)}
 SKIPPED = 5  # iterations at the start of a run that are not timed
 
 MEGATRON = """
@@ -44,7 +44,9 @@ def run() -> dict[str, Any]:
             timed = []
             for pair in range(pairs):
                 print(f"training: every {every}, pair {pair + 1}", file=sys.stderr, flush=True)
-                timed.append([train(data, iterations, n) for n in (0, every)])
+                order = (0, every) if pair % 2 == 0 else (every, 0)
+                ran = {n: train(data, iterations, n) for n in order}
+                timed.append((ran[0], ran[every]))
             results[str(every)] = {
                 "iterations": iterations,
                 "pair": spread(on["seconds"] / off["seconds"] for off, on in timed),
