@@ -6,7 +6,8 @@ measurements, and every second pair the other way round, from the same seed:
     pair      wall time of the iterations with measurements ÷ without, of each pair of runs
     inside    time spent in measurements ÷ the rest of the same run, which other load on the machine
               moves less
-    steady    the same, of all but the first measurement, which tests itself with three passes more
+    steady    the same, as if the first measurement, which tests itself with three passes more, had
+              taken what the median one does; not where there was only one
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def table(document: dict[str, Any]) -> str:
                 f"{statistics.fmean(itertools.chain(*result['evaluations'])):.1f}",
                 between(result["pair"], ".3f"),
                 between(result["inside"], ".2%"),
-                between(result["steady"], ".2%"),
+                between(result["steady"], ".2%") if len(result["evaluations"][0]) > 1 else "–",
             )
             for every, result in document["results"].items()
         ),

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="Measure critical sharpness at every iteration that N divides; 0, the default, is "
-        "off. A measurement takes about as long as four to five forward passes over the batch.",
+        "off. A measurement takes about as long as a training iteration or a little more.",
     )
     group.add_argument(
         FLAGS["method"],
