@@ -56,10 +56,20 @@ def test_stated_uncertainty_holds_where_the_loss_bends_as_gpts_do() -> None:
     assert within > 0.95 * estimated
 
 
-@pytest.mark.parametrize("wrong", [0.1, 0.3])
-def test_predictions_that_disagree_fall_back_to_a_bracket(wrong: float) -> None:
-    """With a slope that is too small two predictions cannot both be right."""
-    result = search(1.0, 2.5, slope=wrong)
+@pytest.mark.parametrize(
+    ("power", "guess", "fall", "slope"),
+    [
+        (1.0, 2.5, 0.03, 0.1),
+        (1.0, 2.5, 0.03, 0.3),
+        (2.0, 6.0, 0.003, 2.0),  # two predictions that are too far apart
+        (0.3, 6.0, 0.03, 2.0),  # two that agree, by a secant that contradicts their prior
+    ],
+)
+def test_predictions_that_disagree_fall_back_to_a_bracket(
+    power: float, guess: float, fall: float, slope: float
+) -> None:
+    """With a slope that is not the loss's (1), or a loss that bends as no language model's does."""
+    result = search(power, guess, fall, slope)
     assert result.status == "found"
     assert result.lower <= 1 < result.upper and result.error is None
 
