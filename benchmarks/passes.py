@@ -36,7 +36,10 @@ SETTINGS = {
         Setting(peak_lr=5e-3, weight_decay=0.0, seed=13),
         Setting(peak_lr=1.5e-3, layers=6, width=48, batch=32, seed=14),
     ),
-    "large batch": (Setting(peak_lr=2e-3, batch=128, steps=200, decay=50, seed=15),),
+    "large batch": tuple(
+        Setting(peak_lr=lr, batch=128, steps=200, decay=50, seed=seed)
+        for lr, seed in ((2e-3, 15), (5e-4, 16), (5e-3, 17))
+    ),
 }
 #: Method → share of the step's sequences that the first pass is made on.
 METHODS = {
