@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 import torch.distributed as dist
 
 from benchmarks import ranks
@@ -43,15 +42,12 @@ def main() -> None:
         )
     shards = [shard for seen in observed._optimizers for shard in seen._line.shards]
     written = sum(shard.main.nbytes * 2 + shard.model.nbytes for shard in shards)
-    source = torch.zeros(written // 8, device=DEVICE)
-    target = torch.ones_like(source)
-    copies = ranks.alternate({"copy": lambda: target.copy_(source)}, 5)["copy"]
     ranks.write(
         {
             "seconds": seconds,
             "written": written,
             "gathered": 0,
-            "copy": 2 * source.nbytes / sorted(copies)[2],
+            "copy": ranks.copy_bandwidth(written, DEVICE),
             "gather": 0.0,
             "parameters": sum(shard.main.numel() for shard in shards),
         }

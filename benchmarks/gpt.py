@@ -73,7 +73,6 @@ class Training:
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._generator = torch.Generator().manual_seed(rank)
         self.batches: list[Tensor] = []
-        self.loss = 0.0
 
     def step(self) -> None:
         """One optimizer step on the next micro-batches."""
@@ -91,11 +90,9 @@ class Training:
         )
         text = self._data[starts + torch.arange(size.sequence + 1)]
         self.batches = list(text.to(DEVICE))
-        self.loss = 0.0
         for batch in self.batches:
             loss = self._loss(batch) / size.micro_batches
             loss.backward()  # type: ignore[no-untyped-call]
-            self.loss += float(loss.detach())
 
     def evaluate(self) -> tuple[Tensor, int]:
         """The sum of losses over the step's micro-batches, forward only, and their tokens."""

@@ -9,8 +9,9 @@ import runpy
 from typing import Any
 
 from benchmarks import ranks
-from benchmarks.megatron_probe import copy_bandwidth, gather_bandwidth
+from benchmarks.megatron_probe import gather_bandwidth
 from benchmarks.results import ROOT
+from megatron_sharpness.megatron.replay import current_device
 from megatron_sharpness.megatron.step import ObservedStep
 
 PASSES = int(os.environ["BENCHMARK_PASSES"])
@@ -48,7 +49,7 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
         {  # in the order in which they come
             "forward": schedule.replay,
             "measurement": whole,
-            "copies": lambda: copies.append(copy_bandwidth(COPIED)),
+            "copies": lambda: copies.append(ranks.copy_bandwidth(COPIED, current_device())),
             "gathers": lambda: gathers.append(gather_bandwidth(gathered)),
             "snapshot": observed._before,
             "products": products,

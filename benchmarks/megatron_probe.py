@@ -71,19 +71,11 @@ def measure(
             "seconds": seconds,
             "written": written,
             "gathered": gathered if mpu.get_data_parallel_world_size() > 1 else 0,
-            "copy": copy_bandwidth(written),
+            "copy": ranks.copy_bandwidth(written, current_device()),
             "gather": gather_bandwidth(gathered),
             "parameters": sum(shard.main.numel() for shard in shards),
         }
     )
-
-
-def copy_bandwidth(size: int) -> float:
-    """Bytes read and written a second by a copy of ``size`` bytes in all."""
-    source = torch.zeros(size // 8, device=current_device())
-    target = torch.ones_like(source)
-    seconds = ranks.alternate({"copy": lambda: target.copy_(source)}, 5)["copy"]
-    return 2 * source.nbytes / sorted(seconds)[2]
 
 
 def gather_bandwidth(size: int) -> float:

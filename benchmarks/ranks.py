@@ -101,6 +101,14 @@ def clock(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def copy_bandwidth(size: int, device: torch.device) -> float:
+    """Bytes read and written a second by a copy of ``size`` bytes in all."""
+    source = torch.zeros(size // 8, device=device)
+    target = torch.ones_like(source)
+    seconds = alternate({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2 * source.nbytes / sorted(seconds)[2]
+
+
 def _meet() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
