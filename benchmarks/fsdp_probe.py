@@ -29,7 +29,7 @@ def main() -> None:
         lines.sync()  # the root keeps its weights after a pass without gradients
         float(training.evaluate()[0])
 
-    with observed.replaying(training.evaluate, eval_mode=False) as loss_at:
+    with observed.replaying(training.evaluate, {}, eval_mode=False, frozen=False) as (loss_at, _):
         seconds = ranks.alternate(
             {
                 "plain": plain,

@@ -47,6 +47,13 @@ TAGS = {
 }
 
 
+#: The name of the step's own batch, which a loss on other data cannot have.
+TRAIN = "train"
+
+#: Those that a loss on other data has too, under ``"<tag>/<its name>"``.
+RELATIVE_TAGS = ("critical-sharpness", "critical-learning-rate", "learning-rate-over-critical")
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """One measurement. A number that could not be had is ``None``, and ``status`` says why.
@@ -76,7 +83,9 @@ class Measurement:
         evaluations: forward passes over the batch that the search made.
         seconds: wall-clock time of the measurement.
         tokens: tokens in the batch that the loss was averaged over.
-        batch: which batch, ``train`` being the step's own.
+        batch: which data the loss L is of: ``train``, the step's own batch, or the name of other
+            data. There η_c and λ_c are the relative ones of Def. 4.1, of L along the update that
+            the step's own batch has made: η_c^{1→2} = min{η > 0 : L₁(θ − ηΔθ₂) > L₁(θ)}.
         status: how the measurement ended, see :data:`Status`.
         non_monotone: whether the loss crossed L(θ) more than once along the line.
         noise: root-mean-square error of a loss, in nats, seen when the run was first measured.
@@ -117,6 +126,8 @@ class Measurement:
     def scalars(self) -> dict[str, float]:
         """Tag → value of what a logger can draw; what was not measured is left out."""
         values = {tag: _finite(getattr(self, field)) for tag, field in TAGS.items()}
+        if self.batch != TRAIN:
+            values = {f"{tag}/{self.batch}": values[tag] for tag in RELATIVE_TAGS}
         return {tag: float(value) for tag, value in values.items() if value is not None}
 
 

@@ -8,16 +8,18 @@ the same decisions.
 from __future__ import annotations
 
 import math
+import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, get_args
 
 from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import (
     NOISE_LIMIT,
+    TRAIN,
     Measurement,
     Status,
     edge_of_stability,
@@ -28,7 +30,9 @@ from megatron_sharpness.search import (
     Probe,
     SearchResult,
     estimate_directional_sharpness,
+    estimate_slope,
     find_critical_lr,
+    find_critical_lrs,
     predict_critical_lr,
 )
 
@@ -136,7 +140,6 @@ class Step:
     slope: float | None = None
     update_norm: float | None = None
     tokens: int | None = None
-    batch: str = "train"
     skipped: bool = False
     failed: str | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -152,12 +155,19 @@ class MeterState:
             the first measurement.
         noise: root-mean-square error of a loss in nats; None before the first measurement.
         measurements: measurements so far.
+        guesses: ``guess`` of every loss on other data, by name.
     """
 
     guess: float | None = None
     replay_is_exact: bool | None = None
     noise: float | None = None
     measurements: int = 0
+    guesses: dict[str, float] = field(default_factory=dict)
+
+
+#: η and the names of losses on other data ↦ for each its L(θ − ηΔθ) and number of tokens, the same
+#: numbers on every rank. It raises :class:`ProbeError`, on all ranks, where there is no number.
+LossesAt = Callable[[float, Sequence[str]], Mapping[str, tuple[float, int]]]
 
 
 @dataclass
@@ -198,15 +208,43 @@ class Meter:
         """
         outcome = self._outcome(step, loss_at, change_at)
         self.state.measurements += 1
+        known = {"loss": step.training_loss, "slope": step.slope, "tokens": step.tokens}
+        return self._record(step, TRAIN, {**known, **outcome})
+
+    def measure_others(
+        self, step: Step, names: Iterable[str], losses_at: LossesAt
+    ) -> dict[str, Measurement]:
+        """Find η_c^{1→2} of losses on other data along the update of ``step`` (Def. 4.1).
+
+        Call it after :meth:`measure`. L(θ) is an evaluation here, and the slope is not known. The
+        searches share the moves along the line as
+        :func:`~megatron_sharpness.search.find_critical_lrs` says.
+
+        Args:
+            step: the step that has been made.
+            names: of the losses, each the ``batch`` of its record.
+            losses_at: what evaluates some of them at one η.
+
+        Returns:
+            The records by name, written to the sinks. Their ``seconds`` are those of all together.
+
+        Raises:
+            ProbeError: a measurement failed and ``settings.on_error`` is ``raise``.
+        """
+        step = replace(step, slope=None, started=time.perf_counter())
+        outcomes = self._outcomes(step, list(names), losses_at)
+        return {name: self._record(step, name, outcome) for name, outcome in outcomes.items()}
+
+    def _record(self, step: Step, batch: str, outcome: dict[str, Any]) -> Measurement:
+        """The record, written to the sinks."""
         measurement = Measurement(
             iteration=step.iteration,
             consumed_samples=step.consumed_samples,
             lr=step.lr,
-            batch=step.batch,
-            tokens=step.tokens,
+            batch=batch,
             update_norm=step.update_norm,
             noise=self.state.noise,
-            **{"loss": step.training_loss, "slope": step.slope, **outcome},
+            **outcome,
             seconds=time.perf_counter() - step.started,
         )
         for sink in self.sinks:
@@ -239,17 +277,8 @@ class Meter:
         change_at: Callable[[float], float] | None,
     ) -> dict[str, Any]:
         """The fields of the record that the measurement itself determines."""
-        if step.failed is not None:
-            return _ended("failed", reason=step.failed)
-        if step.skipped:
-            return _ended("skipped_step")
-        if step.lr == 0.0:
-            return _ended("zero_lr")
-        lines = {"edge_of_stability": edge_of_stability(step.lr, step.weight_decay)}
-        if step.beta1 is not None:
-            lines["edge_of_stability_preconditioned"] = edge_of_stability_preconditioned(
-                step.lr, step.weight_decay, step.beta1
-            )
+        if (ended := _ended_early(step)) is not None:
+            return ended
         try:
             loss = self._loss_at_start(step, loss_at)
             search = find_critical_lr(
@@ -262,8 +291,37 @@ class Meter:
                 max_evaluations=self.settings.max_evaluations,
             )
         except Exception as error:  # whatever it is, the run goes on
-            return {**_ended("failed", reason=f"{type(error).__name__}: {error}"), **lines}
-        return {**lines, **self._found(step, loss, search)}
+            return _failed(step, error)
+        outcome = self._found(step, loss, search)
+        self.state.guess = outcome.get("critical_lr", self.state.guess)
+        return outcome
+
+    def _outcomes(
+        self, step: Step, names: Sequence[str], losses_at: LossesAt
+    ) -> dict[str, dict[str, Any]]:
+        """:meth:`_outcome` of losses on other data, by name."""
+        if (ended := _ended_early(step)) is not None:
+            return dict.fromkeys(names, ended)
+        first = self.settings.initial_guess or step.lr
+        try:
+            start = losses_at(0.0, names)
+            losses = {name: loss for name, (loss, _) in start.items()}
+            searches = find_critical_lrs(
+                lambda eta, some: {name: loss for name, (loss, _) in losses_at(eta, some).items()},
+                losses=losses,
+                guesses={name: self.state.guesses.get(name, first) for name in names},
+                tolerance=self.settings.tolerance,
+                method=self.settings.method,
+                max_evaluations=self.settings.max_evaluations,
+            )
+        except Exception as error:  # whatever it is, the run goes on
+            return dict.fromkeys(names, _failed(step, error))
+        outcomes = {}
+        for name, search in searches.items():
+            outcomes[name] = self._found(step, losses[name], search) | {"tokens": start[name][1]}
+            if (eta := outcomes[name].get("critical_lr")) is not None:
+                self.state.guesses[name] = eta
+        return outcomes
 
     def _guess(
         self, step: Step, loss: float, change_at: Callable[[float], float] | None
@@ -302,6 +360,7 @@ class Meter:
 
     def _found(self, step: Step, loss: float, search: SearchResult) -> dict[str, Any]:
         outcome: dict[str, Any] = {
+            **_lines(step),
             "loss": loss,
             "status": search.status,
             "evaluations": search.evaluations,
@@ -315,20 +374,59 @@ class Meter:
         if search.eta is None:
             return outcome
         noise = 0.0
-        if self.state.noise and step.slope is not None and step.slope > 0.0:
-            noise = self.state.noise / (step.slope * search.eta)
+        slope = estimate_slope(loss, search.probes) if step.slope is None else step.slope
+        if self.state.noise and slope is not None and slope > 0.0:
+            noise = self.state.noise / (slope * search.eta)
         if noise > NOISE_LIMIT:
             return outcome | _ended(
                 "noise_limited",
                 reason=f"the noise of the loss is {noise:.0%} of the predicted decrease s·η_c",
             )
-        self.state.guess = search.eta
         return outcome | {
             "critical_lr": search.eta,
             "critical_lr_error": None if search.error is None else math.hypot(search.error, noise),
             "critical_sharpness": 2.0 / search.eta,
             "lr_over_critical": step.lr / search.eta,
         }
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names of losses that no tag can have.
+
+    Raises:
+        SettingError: names the name, the reason and the remedy.
+    """
+    for name in names:
+        if name == TRAIN or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise SettingError(
+                "losses",
+                name,
+                "a name is a tag's last part, and 'train' is the step's own batch; give one of "
+                "letters, digits, '_', '.' and '-'",
+            )
+
+
+def _ended_early(step: Step) -> dict[str, Any] | None:
+    """Where there is no update to go along."""
+    if step.failed is not None:
+        return _ended("failed", reason=step.failed)
+    if step.skipped:
+        return _ended("skipped_step")
+    return _ended("zero_lr") if step.lr == 0.0 else None
+
+
+def _failed(step: Step, error: Exception) -> dict[str, Any]:
+    return _lines(step) | _ended("failed", reason=f"{type(error).__name__}: {error}")
+
+
+def _lines(step: Step) -> dict[str, Any]:
+    """The edges of stability of the step's learning rate."""
+    lines = {"edge_of_stability": edge_of_stability(step.lr, step.weight_decay)}
+    if step.beta1 is not None:
+        lines["edge_of_stability_preconditioned"] = edge_of_stability_preconditioned(
+            step.lr, step.weight_decay, step.beta1
+        )
+    return lines
 
 
 def _ended(status: Status, reason: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -40,6 +40,10 @@ _SPREAD = 1.3
 _REST = 0.35
 _MOST = 0.5
 _NEARLY_QUADRATIC = 0.1
+# A loss without a slope rises at once if it is seen to, about as steeply, from two probes this far
+# apart. One that falls at first and rises as (η/η_c)^p is over 0.8 as steep for p < 0.07 alone; in
+# the first steps of training p is 0.15, and later 1.
+_FAR_APART, _AS_STEEP = 32.0, 0.8
 _TINIEST = math.ulp(0.0)
 
 
@@ -67,7 +71,7 @@ class SearchResult:
         status:
             "found": L(lower) ≤ L(θ) < L(upper) and |1 - lower/upper| ≤ tolerance.
             "estimated": η_c is predicted with an uncertainty ≤ tolerance; no bracket is promised.
-            "not_descent": slope ≤ 0 and no decrease seen next to θ, so η_c = 0 and λ_c = ∞.
+            "not_descent": slope ≤ 0, given or seen, and no decrease next to θ: η_c = 0, λ_c = ∞.
             "no_upper": the loss does not rise above L(θ) within a factor 2^40 of the guess.
             "no_lower": the loss does not fall to L(θ) within a factor 2^40 of the guess.
             "non_finite": L(θ) itself is NaN or infinite; nothing is evaluated.
@@ -131,37 +135,53 @@ def find_critical_lr(
     Raises:
         ValueError: an argument is outside its range.
     """
-    _check(guess, tolerance, method, max_evaluations)
-    search = _Search(loss, guess, slope, tolerance)
-    choose = {
-        "bisection": search.bisect, "certified": search.certify, "point": search.point
-    }[method]  # fmt: skip
-    status: SearchStatus | None = None if math.isfinite(loss) else "non_finite"
-    while status is None:
-        if search.closed:
-            status = "found"
-        elif isinstance(choice := choose(), str):
-            status = choice
-        elif len(search.probes) == max_evaluations:
-            status = "exhausted"
-        else:
-            search.add(Probe(choice, float(loss_at(choice))))
-    eta: float | None = None
-    error: float | None = None
-    if status == "found":
-        eta = search.middle if method == "bisection" else search.interpolate()
-    elif status == "estimated" and (estimate := search.estimate()) is not None:
-        eta, error = estimate
-    return SearchResult(
-        lower=search.lower,
-        upper=search.upper,
-        eta=eta,
-        error=error,
-        evaluations=len(search.probes),
-        status=status,
-        non_monotone=search.non_monotone,
-        probes=tuple(search.probes),
-    )
+    search = _Search(loss, guess, slope, tolerance, method, max_evaluations)
+    while not isinstance(choice := search.choose(), str):
+        search.add(Probe(choice, float(loss_at(choice))))
+    return search.result()
+
+
+def find_critical_lrs(
+    losses_at: Callable[[float, Sequence[str]], Mapping[str, float]],
+    *,
+    losses: Mapping[str, float],
+    guesses: Mapping[str, float],
+    tolerance: float = 1 / 16,
+    method: Method = "certified",
+    max_evaluations: int = 40,
+) -> dict[str, SearchResult]:
+    """Bracket the critical learning rate of each of several losses along one update.
+
+    Each loss has the search that :func:`find_critical_lr` would make for it without a slope. They
+    take turns, and what one asks for is evaluated for all whose own next η is so near that it does
+    as well: within half a tolerance of a guess or a prediction, while an evaluation that is to
+    close a bracket has its place.
+
+    Args:
+        losses_at: η and the names of losses ↦ their L(θ - ηΔθ), in nat.
+        losses: L(θ) by name, in nat.
+        guesses: first η to evaluate, by name.
+        tolerance, method, max_evaluations: those of each search.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    searches = {
+        name: _Search(losses[name], guesses[name], None, tolerance, method, max_evaluations)
+        for name in losses
+    }
+    while True:
+        choices = {name: search.choose() for name, search in searches.items()}
+        wanted = {name: eta for name, eta in choices.items() if not isinstance(eta, str)}
+        if not wanted:
+            return {name: search.result() for name, search in searches.items()}
+        served = {
+            eta: [name for name in wanted if searches[name].takes(eta, wanted[name])]
+            for eta in wanted.values()
+        }
+        eta = max(served, key=lambda eta: len(served[eta]))
+        for name, loss in losses_at(eta, served[eta]).items():
+            searches[name].add(Probe(eta, float(loss)))
 
 
 @dataclass
@@ -172,6 +192,8 @@ class _Search:
     guess: float
     slope: float | None
     tolerance: float
+    method: Method
+    max_evaluations: int
     probes: list[Probe] = field(default_factory=list)
     lower: float | None = None
     upper: float | None = None
@@ -179,7 +201,56 @@ class _Search:
     widths: list[float] = field(default_factory=list)
     misses: int = 0  # windows in a row that were tried; over two, the prediction is wrong
 
+    def __post_init__(self) -> None:
+        _check(self.guess, self.tolerance, self.method, self.max_evaluations)
+        self.choice: float | SearchStatus | None = None
+
+    def choose(self) -> float | SearchStatus:
+        """Next η to evaluate, or the ending; the same until a probe is added."""
+        if self.choice is None:
+            self.choice = self.chosen()
+        return self.choice
+
+    def chosen(self) -> float | SearchStatus:
+        if not math.isfinite(self.loss):
+            return "non_finite"
+        if self.closed:
+            return "found"
+        choice = {"bisection": self.bisect, "certified": self.certify, "point": self.point}[
+            self.method
+        ]()
+        if not isinstance(choice, str) and len(self.probes) >= self.max_evaluations:
+            return "exhausted"
+        return choice
+
+    def takes(self, eta: float, wanted: float) -> bool:
+        """Whether an evaluation at `eta` does as well as the one that is wanted."""
+        # A move costs a small part of an evaluation, so that no evaluation is to be lost by it.
+        goes_to_prediction = self.method != "bisection" and not self.misses
+        return abs(math.log(eta / wanted)) <= (self.window / 2 if goes_to_prediction else 0.0)
+
+    def result(self) -> SearchResult:
+        status = self.choose()
+        assert isinstance(status, str)
+        eta: float | None = None
+        error: float | None = None
+        if status == "found":
+            eta = self.middle if self.method == "bisection" else self.interpolate()
+        elif status == "estimated" and (estimate := self.estimate()) is not None:
+            eta, error = estimate
+        return SearchResult(
+            lower=self.lower,
+            upper=self.upper,
+            eta=eta,
+            error=error,
+            evaluations=len(self.probes),
+            status=status,
+            non_monotone=self.non_monotone,
+            probes=tuple(self.probes),
+        )
+
     def add(self, probe: Probe) -> None:
+        self.choice = None
         self.probes.append(probe)
         above = [p.lr for p in self.probes if not self.loss >= p.loss > -math.inf]
         below = [p.lr for p in self.probes if self.loss >= p.loss > -math.inf]
@@ -217,6 +288,25 @@ class _Search:
         return self.slope if self.slope is not None and 0 < self.slope < math.inf else None
 
     @property
+    def ascends(self) -> bool:
+        """Whether the loss rises from θ on: its slope says so, or else two probes above."""
+        if self.slope is not None:
+            return self.slope <= 0
+        if len(self.probes) < 2 or self.farthest_below:
+            return False
+        return estimate_slope(self.loss, self.probes) is None
+
+    @property
+    def rises_at_once(self) -> bool:
+        """Whether the loss is seen to rise to the nearest probes about as steeply."""
+        finite = sorted((p for p in self.probes if math.isfinite(p.loss)), key=lambda p: p.lr)
+        farther = [p for p in finite if p.lr >= _FAR_APART * finite[0].lr * (1 - 1e-9)]
+        if self.slope is not None or not farther:
+            return False
+        (near, far) = ((p.loss - self.loss) / p.lr for p in (finite[0], farther[0]))
+        return far < math.inf and _AS_STEEP * far <= near <= far / _AS_STEEP
+
+    @property
     def middle(self) -> float:
         assert self.lower is not None and self.upper is not None
         return self.lower + (self.upper - self.lower) / 2
@@ -238,7 +328,7 @@ class _Search:
         """Next η that predicts η_c, certifies a prediction, or widens the search."""
         if not self.probes:
             return self.guess
-        if self.slope is not None and self.slope <= 0:
+        if self.ascends:
             doubt = self.doubt_descent()
             if doubt is not None:
                 return doubt
@@ -254,11 +344,14 @@ class _Search:
         return "estimated" if self.estimate() is not None else self.certify()
 
     def doubt_descent(self) -> float | SearchStatus | None:
-        """Next η that tests a slope ≤ 0; None once a decrease nearer to θ contradicts it."""
+        """Next η that tests an ascent; None once a decrease nearer to θ contradicts it."""
         nearest = min(p.lr for p in self.probes)
+        if self.rises_at_once:
+            return "not_descent"
         if nearest == self.upper:
             smaller = (fraction * self.guess for fraction in _ASCENT_FRACTIONS)
-            return next((eta for eta in smaller if 0 < eta < nearest), "not_descent")
+            end: SearchStatus | None = None if self.slope is None else "not_descent"
+            return next((eta for eta in smaller if 0 < eta < nearest), end)
         check = _ASCENT_FRACTIONS[1] * self.guess
         return check if len(self.probes) == 1 and check > 0 else None
 
@@ -342,7 +435,7 @@ class _Search:
     def deviations(self) -> list[tuple[float, float]]:
         """(ln η, predicted ln(η/η_c)) of the one or two probes to go by, the nearer first."""
         finite = sorted((p for p in self.probes if math.isfinite(p.loss)), key=lambda p: p.lr)
-        slope = self.descent or _secant_slope(self.loss, finite)
+        slope = self.descent or estimate_slope(self.loss, finite)
         if slope is None:
             return []
         points = [
@@ -391,11 +484,12 @@ def _gain(points: list[tuple[float, float]]) -> float:
     return min(max((other - deviation) / (other_x - x), 0.1), 10.0)
 
 
-def _secant_slope(loss: float, probes: list[Probe]) -> float | None:
-    """-h(0) of the line through h(η) = (L(θ - ηΔθ) - L(θ))/η at the two smallest η."""
-    if len(probes) < 2:
+def estimate_slope(loss: float, probes: Iterable[Probe]) -> float | None:
+    """s = -h(0) of the line through h(η) = (L(θ - ηΔθ) - L(θ))/η at the two smallest η, if > 0."""
+    finite = sorted((p for p in probes if math.isfinite(p.loss)), key=lambda p: p.lr)
+    if len(finite) < 2:
         return None
-    a, b = probes[:2]
+    a, b = finite[:2]
     h_a, h_b = (a.loss - loss) / a.lr, (b.loss - loss) / b.lr
     slope = (h_b - h_a) / (b.lr / a.lr - 1) - h_a if b.lr > a.lr else 0.0
     return slope if 0 < slope < math.inf else None

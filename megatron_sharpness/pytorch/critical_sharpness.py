@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, Settings, Sink
+from megatron_sharpness.errors import SettingError
+from megatron_sharpness.measurement import TRAIN, Measurement
+from megatron_sharpness.meter import Meter, Settings, Sink, check_names
 from megatron_sharpness.pytorch.step import Evaluate, ObservedStep
 from megatron_sharpness.pytorch.support import refuse_unsupported
 
@@ -41,6 +42,13 @@ class CriticalSharpness:
         mode: ``train`` replays the random states of the step's own forward passes, dropout masks
             and all; ``eval`` puts the model in evaluation mode.
         offload: ``cpu`` keeps the copies in host memory, pinned where there is a GPU.
+        losses: losses on other data by name, functions like ``evaluate`` of :meth:`after_step`. At
+            each measurement the relative critical sharpness λ_c^{1→2} = 2/η_c^{1→2} (Def. 4.1) of
+            each is found along the same update: how far it can go before that loss rises. They are
+            evaluated in evaluation mode, and should be of the same data every time.
+        frozen: train nothing. Every step is taken back, while the optimizer's moments go on; the
+            first so many steps are for the moments alone, and not measured. None, the default,
+            trains.
         settings: the other fields of :class:`~megatron_sharpness.meter.Settings`.
 
     Raises:
@@ -56,6 +64,8 @@ class CriticalSharpness:
         *,
         mode: Literal["train", "eval"] = "train",
         offload: Literal["none", "cpu"] = "none",
+        losses: Mapping[str, Evaluate] | None = None,
+        frozen: int | None = None,
         **settings: Any,
     ) -> None:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -63,6 +73,13 @@ class CriticalSharpness:
         refuse_unsupported(model, optimizers, mode=mode, offload=offload)
         self._model = model
         self._optimizers = optimizers
+        self._losses = dict(losses or {})
+        check_names(self._losses)
+        if frozen is not None and frozen < 0:
+            raise SettingError("frozen", frozen, "a number of steps; give 0 or more, or None")
+        self._frozen = frozen
+        #: The records of the last measurement, by name of the data.
+        self.records: dict[str, Measurement] = {}
         self._mode = mode
         self._offload = offload == "cpu"
         writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -70,7 +87,7 @@ class CriticalSharpness:
         self._meter = Meter(self._settings, sinks if writes else (), self._warn)
         self._previous: int | None = None
         # The number of the first step is not known before it is over.
-        self._observed = self._observe() if every else None
+        self._observed = self._observe() if every or frozen is not None else None
 
     @property
     def armed(self) -> bool:
@@ -109,7 +126,7 @@ class CriticalSharpness:
         observed, self._observed = self._observed, None
         previous, self._previous = self._previous, step
         try:
-            if not self._settings.due(step):
+            if not self._observes(step):
                 return None
             if observed is None:
                 observed = self._observe()
@@ -122,19 +139,45 @@ class CriticalSharpness:
                     "critical sharpness: the model given was not called in the training step, so "
                     "that its dropout masks cannot be replayed; give it as the loop calls it"
                 )
-            with observed.replaying(evaluate, eval_mode=self._mode == "eval") as loss_at:
+            if self._frozen is not None and observed.failure is not None:
+                raise RuntimeError(f"step {step} could not be taken back") from observed.failure
+            with observed.replaying(
+                evaluate,
+                self._losses,
+                eval_mode=self._mode == "eval",
+                frozen=self._frozen is not None,
+            ) as (loss_at, losses_at):
+                if not self._measures(step):
+                    return None
                 seen = observed.agree(step, loss_at, grad_norm, consumed_samples)
                 record = self._meter.measure(
                     seen, lambda learning_rate: loss_at(learning_rate / seen.lr)[0]
                 )
+                others = self._meter.measure_others(
+                    seen,
+                    self._losses,
+                    lambda learning_rate, names: losses_at(learning_rate / seen.lr, names),
+                )
+            self.records = {TRAIN: record, **others}
         finally:
             if observed is not None:
                 observed.release()
-            if self._settings.due(step + 1):
+            if self._observes(step + 1):
                 self._observed = self._observe()
-        if record.status == "failed":
-            self._warn(f"critical sharpness of step {step} was not measured: {record.reason}")
+        for measurement in self.records.values():
+            if measurement.status == "failed":
+                self._warn(
+                    f"critical sharpness of step {step} was not measured: {measurement.reason}"
+                )
         return record
+
+    def scalars(self) -> dict[str, float]:
+        """Tag → value of all records of the last measurement, for a logger."""
+        return {
+            tag: value
+            for record in self.records.values()
+            for tag, value in record.scalars().items()
+        }
 
     def close(self) -> None:
         """Observe no further step, and leave model and optimizer without a hook."""
@@ -149,6 +192,12 @@ class CriticalSharpness:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._meter.load_state_dict(state_dict)
+
+    def _measures(self, step: int) -> bool:
+        return self._settings.due(step) and (self._frozen is None or step > self._frozen)
+
+    def _observes(self, step: int) -> bool:
+        return self._frozen is not None or self._settings.due(step)
 
     def _observe(self) -> ObservedStep:
         return ObservedStep(self._model, self._optimizers, offload=self._offload)

@@ -82,7 +82,7 @@ class CriticalSharpnessCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._record is None or self._sharpness is None:
             return
-        scalars = {tag.replace("-", "_"): value for tag, value in self._record.scalars().items()}
+        scalars = {tag.replace("-", "_"): value for tag, value in self._sharpness.scalars().items()}
         should_log = control.should_log
         # Not a subclass's log: those of TRL append their own averages and begin them anew.
         Trainer.log(self.trainer, scalars)

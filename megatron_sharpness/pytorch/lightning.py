@@ -99,7 +99,9 @@ class CriticalSharpnessCallback(Callback):
         record = self._sharpness.after_step(self._steps, evaluate, grad_norm=self._grad_norm)
         self._batches, self._grad_norm = [], None
         if record is not None:
-            scalars = {tag.replace("-", "_"): value for tag, value in record.scalars().items()}
+            scalars = {
+                tag.replace("-", "_"): value for tag, value in self._sharpness.scalars().items()
+            }
             for logger in trainer.loggers:
                 # Not pl_module.log: it drops what falls between two log_every_n_steps, and repeats
                 # the last value at each of them. Lightning's curves count steps from 0.

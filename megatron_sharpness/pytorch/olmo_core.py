@@ -118,7 +118,7 @@ class CriticalSharpnessCallback(Callback):
             grad_norm=self.trainer.get_metric(OPTIM_GRAD_NORM_METRIC),
         )
         self._watching, self._passes = None, []
-        for tag, value in record.scalars().items() if record is not None else ():
+        for tag, value in self._sharpness.scalars().items() if record is not None else ():
             self.trainer.record_metric(tag.replace("-", " "), value, namespace="optim")
 
     def _loss_sum_and_tokens(self) -> tuple[torch.Tensor, float]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,15 @@ Evaluate = Callable[[], tuple[Tensor | float, Tensor | float]]
 #: The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t).
 LossAt = Callable[[float], tuple[float, int]]
 
+#: The same of the losses of these names.
+LossesAt = Callable[[float, Sequence[str]], dict[str, tuple[float, int]]]
+
 
 class ObservedStep:
     """Watches a model and its optimizers through the next step.
 
     Attributes:
-        error: why the step could not be observed, if so.
+        error: why the step cannot be measured, if that is known from without.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *, offload: bool) -> None:
@@ -51,6 +54,11 @@ class ObservedStep:
         """How often the training step has called the model so far."""
         return len(self._passes.states)
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why the step could not be observed, if so."""
+        return self.error or next((seen.error for seen in self._optimizers if seen.error), None)
+
     def release(self) -> None:
         """Take all hooks off and give the copies back."""
         self._passes.release()
@@ -58,41 +66,71 @@ class ObservedStep:
             optimizer.release()
 
     @contextlib.contextmanager
-    def replaying(self, evaluate: Evaluate, *, eval_mode: bool) -> Iterator[LossAt]:
-        """The loss along the update; in the end everything is as it was in the beginning."""
+    def replaying(
+        self, evaluate: Evaluate, others: Mapping[str, Evaluate], *, eval_mode: bool, frozen: bool
+    ) -> Iterator[tuple[LossAt, LossesAt]]:
+        """The loss along the update, and those on other data; in the end all is as it was.
+
+        Args:
+            evaluate: the step's own micro-batches through the model.
+            others: other data through it, by name; in evaluation mode.
+            eval_mode: whether ``evaluate`` is called in evaluation mode, too.
+            frozen: end at θ_t and not at θ_{t+1}.
+        """
         states, buffers = RandomStates(), Buffers([self._model])
         training = [(module, module.training) for module in self._model.modules()]
         lines = ModelOnLines(self._model, self._optimizers)
-        moved = False
+        moved = frozen
 
-        def loss_at(fraction: float) -> tuple[float, int]:
+        def set_modes(*, as_trained: bool) -> None:
+            for module, flag in training:
+                module.training = flag and as_trained
+
+        def move(fraction: float) -> Exception | None:
             nonlocal moved
             moved = True
-            loss: Tensor | float = 0.0
-            tokens: Tensor | float = 0.0
             error: Exception | None = None
             try:
                 lines.move(fraction)
             except Exception as caught:
                 error = caught
             lines.sync()
+            return error
+
+        def reduced(function: Evaluate, error: Exception | None) -> tuple[float, int]:
+            loss: Tensor | float = 0.0
+            tokens: Tensor | float = 0.0
             try:  # whatever failed before: the other ranks wait in the model's collectives
-                with torch.no_grad(), self._passes.replaying():
-                    loss, tokens = _sums(evaluate())
+                with torch.no_grad():
+                    loss, tokens = _sums(function())
             except Exception as caught:
                 error = error or caught
             return reduce_loss(loss, tokens, error, collective_device())
 
-        if eval_mode:
-            self._model.eval()
+        def loss_at(fraction: float) -> tuple[float, int]:
+            error = move(fraction)
+            set_modes(as_trained=not eval_mode)
+            with self._passes.replaying():
+                return reduced(evaluate, error)
+
+        def losses_at(fraction: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
+            error = move(fraction)
+            set_modes(as_trained=False)
+            found = {}
+            for name in names:
+                buffers.restore()
+                states.restore()
+                torch.clear_autocast_cache()
+                found[name] = reduced(others[name], error)
+            return found
+
         try:
-            yield loss_at
+            yield loss_at, losses_at
         finally:
             if moved:
-                lines.move(1.0)
+                lines.move(0.0 if frozen else 1.0)
                 lines.sync()
-            for module, flag in training:
-                module.training = flag
+            set_modes(as_trained=True)
             buffers.restore()
             states.restore()
 
@@ -105,7 +143,7 @@ class ObservedStep:
     ) -> Step:
         """The step as all ranks see it, with L(θ) evaluated. Collective."""
         started = time.perf_counter()
-        error = self.error or next((seen.error for seen in self._optimizers if seen.error), None)
+        error = self.failure
         stepped = [seen for seen in self._optimizers if seen.stepped]
         rates = [(seen.lr, seen.weight_decay) for seen in stepped] or [
             largest_rates(seen.optimizer) for seen in self._optimizers

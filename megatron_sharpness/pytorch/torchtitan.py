@@ -102,7 +102,7 @@ class CriticalSharpnessTrainer(Trainer):
             self.metrics_processor.logger.log(
                 {
                     f"sharpness_metrics/{tag.replace('-', '_')}": value
-                    for tag, value in record.scalars().items()
+                    for tag, value in self.sharpness.scalars().items()
                 },
                 self.step,
             )
