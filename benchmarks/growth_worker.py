@@ -53,7 +53,7 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
             "gathers": lambda: gathers.append(gather_bandwidth(gathered)),
             "snapshot": observed._before,
             "products": products,
-            "probe": lambda: observed._probe(schedule, FRACTION),
+            "probe": lambda: observed._probe(FRACTION, [schedule.replay]),
             "write": lambda: line.move(FRACTION),
             "gather": line.sync,
             "restore": line.restore,

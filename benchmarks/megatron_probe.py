@@ -48,7 +48,7 @@ def measure(
     seconds = ranks.alternate(
         {
             "plain": plain,
-            "probe": lambda: observed._probe(schedule, fraction),
+            "probe": lambda: observed._probe(fraction, [schedule.replay]),
             "write": lambda: line.move(fraction),
             "gather": line.sync,
             "states": restore_states,

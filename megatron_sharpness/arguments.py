@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_sharpness import evaluation
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.meter import Settings
 from megatron_sharpness.search import Method
@@ -23,6 +24,8 @@ FLAGS = {
 
 
 _MICROBATCHES = "--critical-sharpness-microbatches"
+_SAMPLES = "--critical-sharpness-eval-samples"
+_FROZEN = "--critical-sharpness-frozen"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -84,6 +87,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Where the copy of the owned shard of fp32 parameters lies during a measurement.",
     )
     group.add_argument(
+        evaluation.FLAG,
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="Data on which the relative critical sharpness is measured too, each time: how far "
+        "the training update can go before the loss on it rises. PREFIX.bin and PREFIX.idx in "
+        "Megatron's format, or a file of JSON lines with a prompt (or question) and an answer, of "
+        "which the answer counts.",
+    )
+    group.add_argument(
+        _SAMPLES,
+        type=int,
+        default=None,
+        metavar="N",
+        help="Samples of each, the same ones every time, drawn by --seed (default: "
+        "--global-batch-size).",
+    )
+    group.add_argument(
+        _FROZEN,
+        type=int,
+        default=None,
+        metavar="N",
+        help="Train nothing: take every step back, while the optimizer's moments go on, and "
+        "measure after the first N steps. For a model that is given, by --load.",
+    )
+    group.add_argument(
         "--critical-sharpness-log",
         type=str,
         default=None,
@@ -142,6 +171,34 @@ def check_microbatches(args: Any) -> None:
             f"the interleaved schedule takes micro-batches in groups of {group}; give a multiple "
             f"of {group}",
         )
+
+
+def check_evaluation(args: Any, samples_at_once: int) -> dict[str, Path]:
+    """The paths of the evaluation data by name; fills in how many samples each has.
+
+    Args:
+        args: the parsed arguments.
+        samples_at_once: what all data-parallel ranks take in one micro-batch.
+
+    Raises:
+        InputError: names the flag, the value, the reason and the remedy.
+    """
+    frozen = args.critical_sharpness_frozen
+    if frozen is not None and frozen < 0:
+        raise _bad(_FROZEN, frozen, "a number of steps; give 0 or more, or leave it out")
+    if frozen is not None and args.save:
+        raise _bad(_FROZEN, frozen, "nothing is trained that could be saved; leave out --save")
+    if args.critical_sharpness_eval_samples is None:
+        args.critical_sharpness_eval_samples = args.global_batch_size
+    count = args.critical_sharpness_eval_samples
+    if count < 1 or count % samples_at_once:
+        raise _bad(
+            _SAMPLES,
+            count,
+            f"all data-parallel ranks together take {samples_at_once} at a time; give a multiple "
+            "of that",
+        )
+    return evaluation.parse(args.critical_sharpness_eval_data)
 
 
 def settings_of(args: Any) -> Settings:

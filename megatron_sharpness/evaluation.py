@@ -1,6 +1,6 @@
 """Fixed evaluation batches of named data: what a loss on other data is computed on.
 
-``NAME=PREFIX`` is text in Megatron's indexed format, of which windows are drawn that the seed fixes;
+``NAME=PREFIX`` is text in Megatron's indexed format, of which the seed draws windows;
 ``NAME=FILE.jsonl`` holds a prompt and an answer a line, and only the answer's tokens count.
 """
 
@@ -106,7 +106,7 @@ def read(
     else:
         tokens = _windows(shown, path, samples, length, generator)
         mask = np.ones((samples, length), dtype=np.float32)
-    if (largest := int(tokens.max())) >= vocabulary:
+    if (largest := int(np.max(tokens))) >= vocabulary:
         raise _bad(
             shown,
             f"it holds token {largest}, and the model knows {vocabulary}; tokenize it as the "
@@ -148,7 +148,9 @@ def _windows(
         start, pieces, missing = int(index) * length, [], length + 1
         document = int(np.searchsorted(starts, start, side="right")) - 1
         while missing:
-            piece = documents.get(document, start - int(starts[document]))[:missing]
+            offset = start - int(starts[document])
+            held = int(documents.sequence_lengths[document]) - offset
+            piece = documents.get(document, offset, min(held, missing))
             pieces.append(piece)
             missing -= len(piece)
             start += len(piece)

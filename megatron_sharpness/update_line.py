@@ -89,6 +89,12 @@ class UpdateLine:
                     point.copy_(torch.lerp(a, b, fraction))
 
     @torch.no_grad()
+    def undo(self) -> None:
+        """Take the step back: write θ_t into the main parameters."""
+        for shard, start in zip(self.shards, self._starts, strict=True):
+            shard.main.copy_(start)
+
+    @torch.no_grad()
     def products(self, gradients: Iterable[Tensor | None], total: Tensor) -> None:
         """Add ⟨g, θ_t − θ_{t+1}⟩, ‖θ_t − θ_{t+1}‖² and ‖g‖² of the shards that count to ``total``.
 

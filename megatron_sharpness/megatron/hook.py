@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,17 +19,21 @@ from megatron.training import (
     get_args,
     get_tensorboard_writer,
     get_timers,
+    get_tokenizer,
     get_wandb_writer,
     global_vars,
     training,
 )
 
+from megatron_sharpness import evaluation
 from megatron_sharpness.arguments import (
+    check_evaluation,
     check_log_is_writable,
     check_microbatches,
     log_path,
     settings_of,
 )
+from megatron_sharpness.evaluation import EvaluationSet
 from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
@@ -56,9 +61,16 @@ class MeasuredTrainStep:
         train_step: the function to call.
         settings: when and what to measure with.
         args: Megatron's arguments, validated.
+        sources: paths of evaluation data by name.
     """
 
-    def __init__(self, train_step: Callable[..., Any], settings: Settings, args: Any) -> None:
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        settings: Settings,
+        args: Any,
+        sources: Mapping[str, Path],
+    ) -> None:
         functools.update_wrapper(self, train_step)
         self._train_step = train_step
         self._signature = inspect.signature(train_step)
@@ -66,11 +78,17 @@ class MeasuredTrainStep:
         self._offload = args.critical_sharpness_offload == "cpu"
         self._mode = args.critical_sharpness_mode
         self._microbatches = args.critical_sharpness_microbatches
+        self._frozen: int | None = args.critical_sharpness_frozen
+        self._sources = sources
+        self._others: list[EvaluationSet] | None = None
         self._meter: Meter | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         iteration = get_args().curr_iteration + 1
-        if not self._settings.due(iteration):
+        if self._others is None:  # before the first step: the tokenizer is there
+            self._others = [_evaluation_set(name, path) for name, path in self._sources.items()]
+        due = self._settings.due(iteration) and iteration > (self._frozen or 0)
+        if not due and self._frozen is None:
             return self._train_step(*args, **kwargs)
         call = self._signature.bind(*args, **kwargs)
         model, optimizer = call.arguments["model"], call.arguments["optimizer"]
@@ -79,8 +97,10 @@ class MeasuredTrainStep:
         observed = ObservedStep(optimizer, model, get_args(), offload=self._offload)
         with observed.watching():
             result = self._train_step(*call.args, **call.kwargs)
-        if observed.happened:
+        if observed.happened and due:
             self._measure(iteration, observed, schedule, call.arguments["config"])
+        elif observed.happened:
+            observed.undo()
         return result
 
     @property
@@ -115,6 +135,8 @@ class MeasuredTrainStep:
                 + get_current_running_global_batch_size(),
                 trained=self._mode == "train",
                 microbatches=self._microbatches,
+                others=self._others or (),
+                frozen=self._frozen is not None,
             )
         setattr(args, STATE, self.meter.state_dict())
 
@@ -130,6 +152,23 @@ def _off_the_clock() -> Iterator[None]:
     finally:
         ft_integration.on_training_step_start()
         interval.start()
+
+
+def _evaluation_set(name: str, path: Path) -> EvaluationSet:
+    args = get_args()
+    tokenizer = get_tokenizer()
+    is_bytes = args.tokenizer_type == "NullTokenizer"
+    return evaluation.read(
+        name,
+        path,
+        samples=args.critical_sharpness_eval_samples,
+        length=args.seq_length,
+        seed=args.seed,
+        # Megatron's NullTokenizer reads numbers; ours are the bytes that `tokenize` writes.
+        tokenize=evaluation.byte_tokens if is_bytes else tokenizer.tokenize,
+        end=tokenizer.eod,
+        vocabulary=args.padded_vocab_size,
+    )
 
 
 def _sinks() -> list[Sink]:
@@ -158,6 +197,7 @@ def attach(args: Any) -> None:
     """
     settings = settings_of(args)
     check_microbatches(args)
+    sources = check_evaluation(args, args.micro_batch_size * args.data_parallel_size)
     check_log_is_writable(args)
     refuse_unsupported(args)
     check_interfaces(NEEDED, getattr(training, "train_step", None))
@@ -169,4 +209,4 @@ def attach(args: Any) -> None:
         return check_args(checkpoint_args, *rest, **kwargs)
 
     checkpointing.check_checkpoint_args = check_args_and_take_state
-    training.train_step = MeasuredTrainStep(training.train_step, settings, args)
+    training.train_step = MeasuredTrainStep(training.train_step, settings, args, sources)

@@ -11,6 +11,7 @@ from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.utils import StragglerDetector
 
+from megatron_sharpness.evaluation import EvaluationSet
 from megatron_sharpness.replay import Buffers, RandomStates, reduce_loss
 
 
@@ -41,6 +42,28 @@ class RecordingSchedule:
         """How many micro-batches the step has on a rank."""
         return int(self._kwargs["num_microbatches"])
 
+    def evaluate(self, samples: EvaluationSet) -> Any:
+        """The same of other data, in evaluation mode; each data-parallel rank takes its part."""
+        rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        size = self._kwargs["micro_batch_size"]
+        count = len(samples.tokens) // (ranks * size)
+        first = rank * count * size
+
+        def batches(tee: _Tee) -> Iterator[Any]:
+            for start in range(first, first + count * size, size):
+                yield _batch_like(tee.seen[0], samples, slice(start, start + size))
+
+        for state in self._before:
+            state.restore()
+        modes = [chunk.training for chunk in self.model]
+        for chunk in self.model:
+            chunk.eval()
+        try:
+            return self._forward(_map_iterators(self._batches, batches), count)
+        finally:
+            for chunk, training in zip(self.model, modes, strict=True):
+                chunk.train(training)
+
     def replay(self, microbatches: int | None = None) -> Any:
         """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights.
 
@@ -50,13 +73,16 @@ class RecordingSchedule:
         for state in self._before:
             state.restore()
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
-        replayed = {
+        return self._forward(batches, microbatches or self.microbatches)
+
+    def _forward(self, batches: Any, microbatches: int) -> Any:
+        changed = {
             "data_iterator": batches,
-            "num_microbatches": microbatches or self.microbatches,
+            "num_microbatches": microbatches,
             "forward_only": True,
         }
         with torch.no_grad():  # forward_only alone does not disable gradients
-            return self.schedule(**{**self._kwargs, **replayed})
+            return self.schedule(**{**self._kwargs, **changed})
 
 
 class _Tee:
@@ -81,6 +107,35 @@ class _Tee:
 def _shallow(batch: Any) -> Any:
     """A copy of the container: get_batch changes a batch's dictionary in place from 0.19 on."""
     return dict(batch) if isinstance(batch, dict) else batch
+
+
+def _batch_like(seen: Any, samples: EvaluationSet, rows: slice) -> dict[str, torch.Tensor]:
+    """A micro-batch of other data, laid out as one that Megatron's dataset has handed out.
+
+    Raises:
+        RuntimeError: this script's micro-batches hold what is not known here.
+    """
+    tokens = torch.from_numpy(samples.tokens[rows])
+    length = tokens.shape[1] - 1
+    made = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.from_numpy(samples.mask[rows]),
+        "position_ids": torch.arange(length).expand(len(tokens), length),
+    }
+    if not isinstance(seen, dict) or set(seen) - {*made, "attention_mask"}:
+        raise RuntimeError(
+            f"--critical-sharpness-eval-data: the training script's micro-batches hold "
+            f"{', '.join(seen) if isinstance(seen, dict) else type(seen).__name__}, and only "
+            f"{', '.join(made)} and a causal attention_mask can be made of other data; leave the "
+            "flag out"
+        )
+    batch = {
+        key: value.to(seen[key].device, seen[key].dtype).contiguous()
+        for key, value in made.items()
+        if seen.get(key) is not None
+    }
+    return {**seen, **batch}  # the mask of a sequence of the same length is the same
 
 
 def _map_iterators(iterators: Any, function: Callable[[Any], Any]) -> Any:

@@ -163,14 +163,17 @@ class MegatronLine:
                 for group in reversed(_bucket_groups(chunk)):  # in the order of the pass
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    def restore(self) -> None:
+    def restore(self, *, frozen: bool = False) -> None:
         """θ_{t+1} back into the model, and Megatron's own account of its gathers.
 
+        With ``frozen`` it is θ_t, and the optimizer's main parameters are put back, too.
         Collective, and nothing at all once the line was released.
         """
         if not self.is_open:
             return
-        self.move(1.0)
+        self.move(0.0 if frozen else 1.0)
+        for line, _ in self.lines if frozen else ():
+            line.undo()
         self.sync()
         if any(self._dispatched):  # what Megatron takes for gathered
             self.finish()

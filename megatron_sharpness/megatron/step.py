@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_sharpness.evaluation import EvaluationSet
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, reduce_losses
 from megatron_sharpness.megatron.shards import MegatronLine
@@ -72,6 +74,8 @@ class ObservedStep:
         consumed_samples: int,
         trained: bool,
         microbatches: int = 0,
+        others: Sequence[EvaluationSet] = (),
+        frozen: bool = False,
     ) -> Measurement:
         """Measure the step, and leave the model at θ_{t+1}. Collective.
 
@@ -82,21 +86,46 @@ class ObservedStep:
             consumed_samples: samples trained on up to and with it.
             trained: whether the probes evaluate the loss that was trained on.
             microbatches: on how many of the step's micro-batches the search is located; 0 is all.
+            others: other data, whose losses are searched along the same update.
+            frozen: leave the model at θ_t, and the optimizer's main parameters.
         """
         step = self._agree(iteration, consumed_samples, schedule, trained)
+        if frozen and step.failed is not None:
+            raise RuntimeError(f"iteration {iteration} could not be taken back: {step.failed}")
 
         def change_at(eta: float) -> float:
             start, _ = reduce_losses(schedule.losses[:microbatches], None)
-            return self._probe(schedule, eta / step.lr, microbatches) - start
+            return self._probe(eta / step.lr, [lambda: schedule.replay(microbatches)])[0][0] - start
 
+        def losses_at(eta: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
+            passes = [partial(schedule.evaluate, sets[name]) for name in names]
+            return dict(zip(names, self._probe(eta / step.lr, passes), strict=True))
+
+        sets = {samples.name: samples for samples in others}
         try:
-            return meter.measure(
+            record = meter.measure(
                 step,
-                lambda eta: self._probe(schedule, eta / step.lr),
+                lambda eta: self._probe(eta / step.lr, [schedule.replay])[0][0],
                 change_at if 0 < microbatches < schedule.microbatches else None,
             )
+            if others:
+                meter.measure_others(step, sets, losses_at)
+            return record
         finally:
-            self.line.restore()
+            self.line.restore(frozen=frozen)
+
+    def undo(self) -> None:
+        """Take the step back. Collective.
+
+        Raises:
+            RuntimeError: what was before it could not be kept.
+        """
+        if self._error is not None:
+            raise RuntimeError("an optimizer step could not be taken back") from self._error
+        if self._outcome[0]:
+            self.line.end()
+            self.line.restore(frozen=True)
+        self.line.release()
 
     def _before(self) -> None:
         try:
@@ -158,25 +187,26 @@ class ObservedStep:
         return min(1.0, limit / (float(grad_norm) + 1e-6))
 
     def _probe(
-        self, schedule: RecordingSchedule, fraction: float, microbatches: int | None = None
-    ) -> float:
-        """The loss at θ_t + fraction·(θ_{t+1} − θ_t), the same number on every rank.
+        self, fraction: float, passes: Sequence[Callable[[], Any]]
+    ) -> list[tuple[float, int]]:
+        """The loss of each forward pass at θ_t + fraction·(θ_{t+1} − θ_t), and its tokens.
 
-        Over the step's first ``microbatches``, or all.
-
-        A rank that could not write its weights makes the collectives that the others wait in all
-        the same, and says so in the reduction of the loss.
+        They are the same numbers on every rank. One that could not write its weights makes the
+        collectives that the others wait in all the same, and says so in the reduction of the loss.
         """
-        losses, error = None, None
+        error: Exception | None = None
         try:
             self.line.move(fraction)
         except Exception as caught:
             error = caught
         self.line.sync()
-        try:
-            losses = schedule.replay(microbatches)
-        except Exception as caught:
-            error = error or caught
-        self.line.finish()
-        loss, _ = reduce_losses(losses, error)
-        return loss
+        found = []
+        for run in passes:
+            losses = None
+            try:
+                losses = run()
+            except Exception as caught:
+                error = error or caught
+            self.line.finish()
+            found.append(reduce_losses(losses, error))
+        return found

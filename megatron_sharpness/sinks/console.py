@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.measurement import TRAIN, Measurement
 
 
 class ConsoleSink:
@@ -23,9 +23,10 @@ class ConsoleSink:
 
 
 def format_line(measurement: Measurement) -> str:
-    """`` critical sharpness at iteration 100 | status: found | …``"""
+    """`` critical sharpness at iteration 100 | status: found | …``, or ``… of NAME at iteration …``"""
+    of = "" if measurement.batch == TRAIN else f" of {measurement.batch}"
     parts = [
-        f" critical sharpness at iteration {measurement.iteration:8d}",
+        f" critical sharpness{of} at iteration {measurement.iteration:8d}",
         f"status: {measurement.status}",
     ]
     if measurement.reason:
