@@ -162,9 +162,8 @@ def check_microbatches(args: Any) -> None:
             "the loss of these micro-batches before the step is known in mode 'train' alone; "
             "leave it out, or --critical-sharpness-mode",
         )
-    stages = args.pipeline_model_parallel_size
-    group = getattr(args, "microbatch_group_size_per_vp_stage", None) or stages
-    if getattr(args, "virtual_pipeline_model_parallel_size", None) and count % group:
+    group = interleaved_group(args)
+    if count % group:
         raise _bad(
             _MICROBATCHES,
             count,
@@ -173,12 +172,20 @@ def check_microbatches(args: Any) -> None:
         )
 
 
+def interleaved_group(args: Any) -> int:
+    """How many micro-batches Megatron's schedule takes at a time: 1 but for the interleaved one."""
+    if not getattr(args, "virtual_pipeline_model_parallel_size", None):
+        return 1
+    group = getattr(args, "microbatch_group_size_per_vp_stage", None)
+    return int(group or args.pipeline_model_parallel_size)
+
+
 def check_evaluation(args: Any, samples_at_once: int) -> dict[str, Path]:
     """The paths of the evaluation data by name; fills in how many samples each has.
 
     Args:
         args: the parsed arguments.
-        samples_at_once: what all data-parallel ranks take in one micro-batch.
+        samples_at_once: the least that all data-parallel ranks can take together.
 
     Raises:
         InputError: names the flag, the value, the reason and the remedy.

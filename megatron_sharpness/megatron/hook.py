@@ -30,6 +30,7 @@ from megatron_sharpness.arguments import (
     check_evaluation,
     check_log_is_writable,
     check_microbatches,
+    interleaved_group,
     log_path,
     settings_of,
 )
@@ -197,7 +198,9 @@ def attach(args: Any) -> None:
     """
     settings = settings_of(args)
     check_microbatches(args)
-    sources = check_evaluation(args, args.micro_batch_size * args.data_parallel_size)
+    sources = check_evaluation(
+        args, args.micro_batch_size * args.data_parallel_size * interleaved_group(args)
+    )
     check_log_is_writable(args)
     refuse_unsupported(args)
     check_interfaces(NEEDED, getattr(training, "train_step", None))

@@ -31,6 +31,20 @@ MODEL = """
 """
 
 
+def other_data(folder: Path) -> Path:
+    """Ten sums, of which the results count, in tokens that :data:`MODEL` knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sums.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"question": f"{7 * i} plus {i + 3}?", "answer": f" it is {8 * i + 3}."})
+            + "\n"
+            for i in range(10)
+        )
+    )
+    return path
+
+
 @dataclass
 class Run:
     """A finished run: its exit code, output, records and the hashes of each rank."""
@@ -40,9 +54,19 @@ class Run:
     folder: Path
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def all_records(self) -> list[dict[str, Any]]:
         path = self.folder / "tensorboard" / "critical_sharpness.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the step's own batch."""
+        return [record for record in self.all_records if record["batch"] == "train"]
+
+    @property
+    def relative_records(self) -> list[dict[str, Any]]:
+        """Those of other data."""
+        return [record for record in self.all_records if record["batch"] != "train"]
 
     @property
     def timeless_records(self) -> list[dict[str, Any]]:

@@ -79,11 +79,12 @@ class Reference:
     slope: float
     update_norm: float
     critical_lr: float
+    relative_critical_lr: float
     directional_sharpness: float
 
 
-def measure(batch: dict[str, Tensor]) -> Reference:
-    """The first AdamW step on ``batch`` and the exact numbers along its update."""
+def measure(batch: dict[str, Tensor], other: dict[str, Tensor]) -> Reference:
+    """The first AdamW step on ``batch`` and the exact numbers along its update, on both."""
     weights = {name: value.requires_grad_() for name, value in parameters().items()}
     start = loss(weights, batch)
     gradients = dict(
@@ -100,16 +101,17 @@ def measure(batch: dict[str, Tensor]) -> Reference:
         update[name] = (adam + decay * weight).detach()
     slope = sum(float(torch.sum(gradients[name] * update[name])) for name in weights)
 
-    def along(eta: float) -> float:
+    def along(eta: float, data: dict[str, Tensor] = batch) -> float:
         with torch.no_grad():
             moved = {name: weights[name] - eta * update[name] for name in weights}
-            return float(loss(moved, batch))
+            return float(loss(moved, data))
 
     return Reference(
         loss=float(start),
         slope=slope,
         update_norm=math.sqrt(sum(float(torch.sum(u * u)) for u in update.values())),
         critical_lr=bisect(along, float(start)),
+        relative_critical_lr=bisect(lambda eta: along(eta, other), along(0.0, other)),
         # As the measurement estimates it, at the smallest η probed: the cold guess, the step's lr.
         directional_sharpness=2.0 * (along(LR) - float(start) + LR * slope) / (slope * LR * LR),
     )

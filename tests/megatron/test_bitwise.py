@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.harness import run
+from tests.megatron.harness import other_data, run
 
 #: Layout → (processes, flags).
 LAYOUTS = {
@@ -63,7 +63,10 @@ STATUSES = {"fp16 with skipped steps": ["skipped_step", "zero_lr", "found"]}
 def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]
     plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
-    measured = run(tmp_path / "measured", flags, processes=processes, every=2).expect_success()
+    others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
+    measured = run(
+        tmp_path / "measured", f"{flags} {others}", processes=processes, every=2
+    ).expect_success()
 
     assert len(plain.hashes) == processes
     assert measured.hashes == plain.hashes
@@ -72,3 +75,27 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
     assert [r["iteration"] for r in measured.records] == [2, 4, 6]
     assert statuses == STATUSES.get(layout, ["found"] * 3)
     assert "differs from the training loss" not in measured.output
+    # Other data can rise at once: an expected answer.
+    for own, other in zip(statuses, measured.relative_records, strict=True):
+        assert other["batch"] == "sums"
+        assert other["status"] in (("found", "not_descent") if own == "found" else (own,))
+
+
+@pytest.mark.parametrize(
+    "layout", ["bf16", "distributed optimizer fp32", "overlap in buckets", "tp pp", "vpp"]
+)
+def test_a_frozen_run_leaves_the_parameters_as_they_were(layout: str, tmp_path: Path) -> None:
+    processes, flags = LAYOUTS[layout]
+    others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
+    unmoved = run(
+        tmp_path / "unmoved", f"{flags} --lr 0 --min-lr 0", processes=processes
+    ).expect_success()
+    frozen = run(
+        tmp_path / "frozen", f"{flags} {others} --critical-sharpness-frozen 3",
+        processes=processes, every=2,
+    ).expect_success()  # fmt: skip
+    for before, after in zip(unmoved.hashes, frozen.hashes, strict=True):
+        for part in ("parameters", "main parameters", "optimizer", "gradients", "random states"):
+            assert after[part] == before[part], part
+    assert [record["iteration"] for record in frozen.all_records] == [4, 4, 6, 6]
+    assert {record["status"] for record in frozen.records} == {"found"}

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sharpness import evaluation
 from tests.megatron import reference
-from tests.megatron.harness import MODEL, Run, finish, run
+from tests.megatron.harness import MODEL, Run, finish, other_data, run
 from tests.processes import start_ranks
 
 #: One step without dropout, so that layouts do not differ by their masks.
@@ -54,7 +55,15 @@ def expected(alone: Run) -> reference.Reference:
     batch = {
         key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")
     }
-    return reference.measure(batch)
+    sums = evaluation.read(
+        "sums", other_data(alone.folder), samples=8, length=reference.LENGTH, seed=1234,
+        tokenize=evaluation.byte_tokens, end=254, vocabulary=reference.VOCABULARY,
+    )  # fmt: skip
+    tokens = torch.from_numpy(sums.tokens)
+    other = {
+        "tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.from_numpy(sums.mask)
+    }  # fmt: skip
+    return reference.measure(batch, other)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -62,13 +71,17 @@ def test_critical_lr_is_the_reference_under_every_layout(
     layout: str, tmp_path: Path, expected: reference.Reference
 ) -> None:
     processes, flags = LAYOUTS[layout]
+    others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
     result = run(
-        tmp_path, flags, processes=processes, every=1, model=ONE_STEP,
+        tmp_path, f"{flags} {others}", processes=processes, every=1, model=ONE_STEP,
         environment={"OBSERVED_FAULT": "canonical"},
     ).expect_success()  # fmt: skip
     (record,) = result.records
+    (relative,) = result.relative_records
 
-    assert record["status"] == "found"
+    assert record["status"] == relative["status"] == "found"
+    lower, upper = relative["critical_lr_lower"], relative["critical_lr_upper"]
+    assert lower <= expected.relative_critical_lr <= upper
     assert record["loss"] == pytest.approx(expected.loss, rel=2e-6)
     assert record["slope"] == pytest.approx(expected.slope, rel=1e-3)
     assert record["update_norm"] == pytest.approx(expected.update_norm, rel=1e-3)
@@ -84,6 +97,10 @@ def test_critical_lr_is_the_reference_under_every_layout(
             expected.directional_sharpness, rel=1e-2
         )
     assert record["tokens"] == 8 * 32
+    assert relative["critical_lr"] == pytest.approx(expected.relative_critical_lr, rel=precision)
+    assert relative["batch"] == "sums" and relative["slope"] is None
+    assert relative["update_norm"] == record["update_norm"]
+    assert 0 < relative["tokens"] < 8 * 20  # the answers alone
 
 
 @pytest.mark.parametrize(
