@@ -107,6 +107,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save", metavar="FOLDER", help="at --save-interval and in the end")
     group.add_argument("--save-interval", type=int, metavar="N")
     group.add_argument("--load", metavar="FOLDER", help="go on from the latest checkpoint, if any")
+    group.add_argument(
+        "--finetune", action="store_true", help="of --load take the weights alone, and begin anew"
+    )
 
     arguments.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -172,6 +175,7 @@ def check(args: argparse.Namespace) -> None:
             "tensorboard is not installed; pip install tensorboard, or leave the flag out",
         )  # fmt: skip
     arguments.settings_of(args)
+    args.evaluation_data = arguments.check_evaluation(args, args.micro_batch_size * args.world_size)
     arguments.check_log_is_writable(args, writer=0)
 
 

@@ -89,6 +89,13 @@ def load_checkpoint(
     latest = latest_checkpoint("--load", args.load) if args.load else None
     if latest is None:
         return {"iteration": 0, "consumed_samples": 0, "critical_sharpness": None}
+    if args.finetune:
+        parameters, _ = get_state_dict(model, [])
+        state_dict_loader.load({"model": parameters}, checkpoint_id=latest)
+        set_state_dict(model, [], model_state_dict=parameters, optim_state_dict={})
+        if args.rank == 0:
+            print(f"  loaded the weights of {latest}", flush=True)
+        return {"iteration": 0, "consumed_samples": 0, "critical_sharpness": None}
     progress: dict[str, Any] = json.loads((latest / "progress.json").read_text())
     flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters, moments = get_state_dict(model, optimizer)

@@ -30,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-path",
+        nargs="+",
         metavar="PREFIX",
         help="PREFIX.bin and PREFIX.idx in Megatron's format (`megatron-sharpness tokenize` or "
-        "Megatron's preprocess_data.py writes them), read from disk as needed",
+        "Megatron's preprocess_data.py writes them), read from disk as needed; or a mix, WEIGHT "
+        "PREFIX WEIGHT PREFIX …",
     )
     group.add_argument(
         "--python-docs",
@@ -80,13 +82,34 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(
             f"{' and '.join(given)}: these are read in different ways; give one of them"
         )
-    if args.data_path:
+    for prefix, _ in components(args) if args.data_path else ():
         for suffix in (".bin", ".idx"):
-            if not Path(args.data_path + suffix).is_file():
+            if not Path(prefix + suffix).is_file():
                 raise InputError(
-                    f"--data-path {args.data_path}: there is no {args.data_path}{suffix}; give "
-                    "the path of both without the suffix"
+                    f"--data-path {prefix}: there is no {prefix}{suffix}; give the path of both "
+                    "without the suffix"
                 )
+
+
+def components(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Prefixes and weights of ``--data-path``, the weights adding up to 1.
+
+    Raises:
+        InputError: they do not alternate, or are no weights.
+    """
+    given = args.data_path
+    if len(given) == 1:
+        return [(given[0], 1.0)]
+    shown = f"--data-path {' '.join(given)}"
+    try:
+        weights = [float(text) for text in given[::2]]
+    except ValueError:
+        weights = []
+    if len(given) % 2 or not weights:
+        raise InputError(f"{shown}: a mix alternates; give WEIGHT PREFIX WEIGHT PREFIX …")
+    if not all(0.0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0.0:
+        raise InputError(f"{shown}: weights are not negative, and some are positive")
+    return [(p, w / sum(weights)) for p, w in zip(given[1::2], weights, strict=True)]
 
 
 def bytes_as_tokens(document: bytes) -> Tokens:
@@ -109,14 +132,28 @@ def tokens_of(tokenizer: Any) -> Tokenize:
     return tokenize
 
 
-def read_documents(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documents, Tokens]:
+def read_samples(args: argparse.Namespace, tokenize: Tokenize) -> Samples | Blend:
+    """What the run trains on, in its order.
+
+    Raises:
+        InputError: the data cannot be read, or a package that reads it is missing.
+    """
+    if not args.data_path:
+        return Samples(*_read_documents(args, tokenize), args.seq_length, args.seed)
+    parts = [
+        (Samples(*_indexed(prefix), args.seq_length, args.seed), weight)
+        for prefix, weight in components(args)
+        if weight
+    ]
+    return parts[0][0] if len(parts) == 1 else Blend(parts, args.seed)
+
+
+def _read_documents(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documents, Tokens]:
     """All documents as tokens, and the length of each.
 
     Raises:
         InputError: the data cannot be read, or a package that reads it is missing.
     """
-    if args.data_path:
-        return _indexed(args.data_path)
     if args.hf_dataset:
         return _hugging_face(args, tokenize)
     documents = [tokenize(document) for document in documents_of(args)]
@@ -230,3 +267,35 @@ class Samples:
 
     def _shuffled(self, epoch: int) -> Tokens:
         return np.random.default_rng((self.seed, epoch)).permutation(self.count)
+
+
+class Blend:
+    """Samples of several kinds of data, each drawn with the probability that is its weight.
+
+    Args:
+        parts: samples and weights, which add up to 1.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Samples, float]], seed: int) -> None:
+        self.parts = [samples for samples, _ in parts]
+        self.count = sum(samples.count for samples in self.parts)
+        self._limits = np.cumsum([weight for _, weight in parts])[:-1]
+        self._generator = np.random.default_rng((seed, len(parts)))
+        self._kinds = np.empty(0, dtype=np.int64)
+        self._numbers = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> Tokens:
+        """Sample ``number`` of the run, counted from 0; shape [length + 1], int64."""
+        while number >= len(self._kinds):
+            self._draw(max(1024, len(self._kinds)))
+        return self.parts[int(self._kinds[number])][int(self._numbers[number])]
+
+    def _draw(self, count: int) -> None:
+        """``count`` more; what was drawn does not depend on how many at a time."""
+        more = np.searchsorted(self._limits, self._generator.random(count), side="right")
+        self._kinds = np.concatenate([self._kinds, more])
+        self._numbers = np.empty_like(self._kinds)
+        for kind in range(len(self.parts)):
+            drawn = self._kinds == kind
+            self._numbers[drawn] = np.arange(int(drawn.sum()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import fsdp_data
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,10 +36,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_sharpness import arguments
+from megatron_sharpness import arguments, evaluation
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink
+
+#: A target that does not count, for ``cross_entropy``.
+IGNORED = -100
+
+Samples = fsdp_data.Samples | fsdp_data.Blend
 
 
 def learning_rate(args: argparse.Namespace, iteration: int) -> float:
@@ -134,7 +141,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
 
 
 def micro_batches(
-    args: argparse.Namespace, samples: fsdp_data.Samples, consumed: int, vocabulary: int
+    args: argparse.Namespace, samples: Samples, consumed: int, vocabulary: int
 ) -> Iterator[Tensor]:
     """This rank's part of the global batch after ``consumed`` samples; tokens [micro, length+1]."""
     size = args.micro_batch_size
@@ -151,10 +158,57 @@ def micro_batches(
 
 def loss_sum(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     """Sum of the cross-entropies in nats, and how many they are."""
-    output = model(tokens[:, :-1])
-    logits, targets = getattr(output, "logits", output), tokens[:, 1:]
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-    return loss, targets.numel()
+    targets = tokens[:, 1:]
+    return cross_entropy_sum(model, tokens[:, :-1], targets), targets.numel()
+
+
+def cross_entropy_sum(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies in nats of the targets that are not :data:`IGNORED`."""
+    output = model(tokens)
+    logits = getattr(output, "logits", output)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def read_evaluation(
+    args: argparse.Namespace, tokenize: fsdp_data.Tokenize, vocabulary: int
+) -> list[evaluation.EvaluationSet]:
+    """The data of ``--critical-sharpness-eval-data``."""
+    end = tokenize(b"").tolist()
+
+    def without_end(text: str) -> list[int]:
+        ids: list[int] = tokenize(text.encode(errors="replace")).tolist()
+        return ids[: len(ids) - len(end)]
+
+    return [
+        evaluation.read(
+            name,
+            path,
+            samples=args.critical_sharpness_eval_samples,
+            length=args.seq_length,
+            seed=args.seed,
+            tokenize=without_end,
+            end=end[0] if end else None,
+            vocabulary=vocabulary,
+        )
+        for name, path in args.evaluation_data.items()
+    ]
+
+
+def answer_loss(
+    args: argparse.Namespace, model: nn.Module, data: evaluation.EvaluationSet, device: torch.device
+) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies of this rank's part of ``data`` that count, and how many."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    part = slice(args.rank, None, args.world_size)
+    labels = np.where(data.mask[part] > 0, data.tokens[part, 1:], IGNORED)
+    batches = zip(
+        torch.from_numpy(data.tokens[part, :-1]).split(args.micro_batch_size),
+        torch.from_numpy(labels).split(args.micro_batch_size),
+        strict=True,
+    )
+    for tokens, targets in batches:
+        total += cross_entropy_sum(model, tokens.to(device), targets.to(device))
+    return total, int((labels != IGNORED).sum())
 
 
 class TrainingLog:
@@ -204,7 +258,8 @@ def train(
     args: argparse.Namespace,
     model: nn.Module,
     vocabulary: int,
-    samples: fsdp_data.Samples,
+    samples: Samples,
+    others: Sequence[evaluation.EvaluationSet],
     device: torch.device,
 ) -> None:
     """Train, measure, log and save."""
@@ -217,7 +272,10 @@ def train(
 
         writer = SummaryWriter(args.tensorboard_dir)
     log = TrainingLog(args, writer)
-    sharpness = build_sharpness(args, model, optimizer, writer)
+    losses = {
+        data.name: functools.partial(answer_loss, args, model, data, device) for data in others
+    }
+    sharpness = build_sharpness(args, model, optimizer, losses, writer)
     if sharpness is not None and progress["critical_sharpness"] is not None:
         sharpness.load_state_dict(progress["critical_sharpness"])
     consumed = progress["consumed_samples"]
@@ -267,11 +325,15 @@ def train(
 
 
 def build_sharpness(
-    args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, writer: Any
+    args: argparse.Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: dict[str, Any],
+    writer: Any,
 ) -> CriticalSharpness | None:
     """What measures, or None where it is off."""
     settings = asdict(arguments.settings_of(args))
-    if not settings["every"]:
+    if not settings["every"] and args.critical_sharpness_frozen is None:
         return None
     log = arguments.log_path(args)
     return CriticalSharpness(
@@ -284,6 +346,8 @@ def build_sharpness(
         ],
         mode=args.critical_sharpness_mode,
         offload=args.critical_sharpness_offload,
+        losses=losses,
+        frozen=args.critical_sharpness_frozen,
         **settings,
     )
 
@@ -293,8 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_folders(args)
     model, vocabulary, tokenize = build_model(args)
-    documents, lengths = fsdp_data.read_documents(args, tokenize)
-    samples = fsdp_data.Samples(documents, lengths, args.seq_length, args.seed)
+    samples = fsdp_data.read_samples(args, tokenize)
+    others = read_evaluation(args, tokenize, vocabulary)
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -314,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(args, f" without meaning under FSDP2, and ignored: {', '.join(ignored)}")
     with attention(args):
         shard(args, model, device)
-        train(args, model, vocabulary, samples, device)
+        train(args, model, vocabulary, samples, others, device)
     dist.destroy_process_group()
 
 

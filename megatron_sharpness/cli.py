@@ -12,10 +12,12 @@ from collections.abc import Sequence
 
 from megatron_sharpness import data, estimate, report
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.relative import mix
 
 COMMANDS = {
     "tokenize": (data, "write text into Megatron's indexed dataset format, byte by byte"),
     "report": (report, "print the last measurements of a run and draw its curves"),
+    "mix": (mix, "measure which loss breaks first for each share of a data mix, and recommend one"),
     "estimate": (estimate, "predict what measuring would cost a run, in time and memory"),
 }
 

@@ -23,7 +23,7 @@ class ConsoleSink:
 
 
 def format_line(measurement: Measurement) -> str:
-    """`` critical sharpness at iteration 100 | status: found | …``, or ``… of NAME at iteration …``"""
+    """`` critical sharpness at iteration 100 | status: found | …``, `` of NAME`` where it is."""
     of = "" if measurement.batch == TRAIN else f" of {measurement.batch}"
     parts = [
         f" critical sharpness{of} at iteration {measurement.iteration:8d}",

@@ -90,8 +90,8 @@ def dataset(folder: str, out: str, *flags: str) -> None:
     read = []
     for name in (folder, disk, splits):
         args = fsdp_arguments.parse_arguments([*flags, "--hf-dataset", name])
-        documents, lengths = fsdp_data.read_documents(args, fsdp_data.bytes_as_tokens)
-        samples = fsdp_data.Samples(documents, lengths, 8, seed=1)
+        args.seq_length, args.seed = 8, 1
+        samples = fsdp_data.read_samples(args, fsdp_data.bytes_as_tokens)
         read.append([samples[i].tolist() for i in range(samples.count)])
     Path(out, "samples.json").write_text(json.dumps(read))
 

@@ -350,8 +350,8 @@ def json_lines(folder: Path) -> Path:
 
 def samples_of(monkeypatch: pytest.MonkeyPatch, flags: str) -> list[list[int]]:
     args = parse(monkeypatch, f"{NO_DATA} {flags}")
-    documents, lengths = fsdp_data.read_documents(args, fsdp_data.bytes_as_tokens)
-    samples = fsdp_data.Samples(documents, lengths, 8, seed=1)
+    args.seq_length, args.seed = 8, 1
+    samples = fsdp_data.read_samples(args, fsdp_data.bytes_as_tokens)
     assert samples.count == (sum(len(text.encode()) + 1 for text in TEXTS) - 1) // 8
     return [samples[i].tolist() for i in range(samples.count)]
 

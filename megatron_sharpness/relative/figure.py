@@ -1,0 +1,72 @@
+"""λ_c^{1→2} of every task against the share of the data that varies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.relative.recommendation import Recommendation
+from megatron_sharpness.report.figure import INK, MUTED, RUN_COLORS, STYLE
+
+
+def draw(
+    values: Mapping[float, Mapping[str, Sequence[float]]],
+    advice: Recommendation,
+    path: Path,
+    name: str,
+) -> None:
+    """Draw medians, the middle 68 % shaded, the crossing and the recommended share, as a PNG.
+
+    A value of ∞, of a loss that rises at once, is drawn at the upper end, as a triangle.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{path}: a figure needs matplotlib ({error}); pip install matplotlib"
+        ) from error
+    shares = list(values)
+    tasks = list(values[shares[0]])
+    finite = [
+        x for tasks_of in values.values() for v in tasks_of.values() for x in v if 0 < x < math.inf
+    ]
+    cap = 2.0 * max(finite, default=1.0)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 5.5), dpi=160, layout="constrained")
+        axes = figure.subplots()
+        for task, color in zip(tasks, RUN_COLORS * len(tasks), strict=False):
+            quantiles = np.array(
+                [
+                    np.quantile(values[share][task], [0.16, 0.5, 0.84], method="higher")
+                    for share in shares
+                ]
+            )
+            low, median, high = np.clip(quantiles, min(finite, default=1.0) / 2, cap).T
+            axes.fill_between(shares, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(shares, median, color=color, marker="o", label=task)
+            capped = quantiles[:, 1] == math.inf
+            axes.plot(np.array(shares)[capped], median[capped], "^", color=color, markersize=9)
+        if advice.crossing is not None:
+            axes.axvline(advice.crossing, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
+            axes.annotate(
+                f"cross at {advice.crossing:.2f}", (advice.crossing, 0.02), color=MUTED,
+                xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+            )  # fmt: skip
+        if 0 < advice.critical_sharpness < math.inf:
+            axes.plot(
+                advice.share, advice.critical_sharpness, "*", color=INK, markersize=14, zorder=5,
+                label=rf"recommended: r = {advice.share:g}, $\eta \leq$ {advice.lr:.2g}",
+            )  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel(f"share of {name}, r")
+        axes.set_title(r"$\lambda_c^{1\to 2}$ of each task: the higher, the sooner it rises")
+        axes.legend(frameon=False)
+        figure.savefig(path)

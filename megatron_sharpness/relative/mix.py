@@ -1,0 +1,335 @@
+"""``megatron-sharpness mix``: relative critical sharpness against the share of one kind of data.
+
+For each share r the given training command is run once with the weights of r, frozen: Adam's
+moments are accumulated over some batches of the mixture without updating the parameters, and then,
+batch by batch, λ_c^{1→2} = 2/η_c^{1→2} of every evaluation set is measured (Def. 4.1, Section 5 of
+arXiv 2601.16979). The command is Megatron's or ``launch/train_fsdp.py``'s, with whatever launcher,
+model, checkpoint and parallel layout; what differs from a training run are flags that are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sharpness import evaluation
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.measurement import TRAIN
+from megatron_sharpness.relative.recommendation import Recommendation, recommend
+
+SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+#: λ_c of a measurement that ended so without a number: the loss rises at once, or never.
+ENDINGS = {"not_descent": math.inf, "no_lower": math.inf, "no_upper": 0.0}
+
+#: By share, λ_c of each task, a number for each batch.
+Values = dict[float, dict[str, list[float]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``megatron-sharpness mix``."""
+    parser.fromfile_prefix_chars = "@"
+    parser.convert_arg_line_to_args = (  # type: ignore[method-assign]
+        lambda arg_line: shlex.split(arg_line, comments=True)
+    )
+    parser.epilog = "@FILE reads flags from a file, as configs/olmo2_midtraining.args."
+    parser.add_argument(
+        "training",
+        nargs="+",
+        metavar="-- COMMAND",
+        help="what trains: torchrun … with its flags, --load and --finetune among them, without "
+        "--data-path and --save",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
+    parser.add_argument(
+        "--vary", required=True, metavar="PREFIX", help="the data whose share varies"
+    )
+    parser.add_argument(
+        "--fixed",
+        nargs="+",
+        required=True,
+        metavar="WEIGHT PREFIX",
+        help="the rest of the mixture, with weights that keep their proportions",
+    )
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        type=float,
+        default=list(SHARES),
+        metavar="R",
+        help="shares of the data that varies, between 0 and 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--eval-data",
+        nargs="+",
+        required=True,
+        metavar="NAME=PREFIX",
+        help="tasks, as --critical-sharpness-eval-data takes them",
+    )
+    parser.add_argument(
+        "--eval-samples", type=int, metavar="N", help="of each (default: --global-batch-size)"
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=100,
+        metavar="N",
+        help="batches that the moments are accumulated over (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--measure",
+        type=int,
+        default=100,
+        metavar="M",
+        help="batches that are measured after them (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the shares that are still missing, and write records, table, figure and advice.
+
+    Raises:
+        InputError: a flag cannot be used, or the training command fails.
+    """
+    fixed = _check(arguments)
+    out: Path = arguments.out
+    _keep_settings(arguments)
+    shares = sorted(set(arguments.shares))
+    missing = [share for share in shares if not _records(out, share).exists()]
+    if len(missing) < len(shares):
+        print(f"{len(shares) - len(missing)} of {len(shares)} shares are in {out} already")
+    began = time.monotonic()
+    for number, share in enumerate(missing, start=1):
+        _measure(arguments, fixed, share, f"share {share:g}, {number} of {len(missing)}")
+        took = time.monotonic() - began
+        left = took / number * (len(missing) - number)
+        print(f"share {share:g}: done; {took:.0f} s so far, about {left:.0f} s left", flush=True)
+
+    values, endings = read(out, shares)
+    advice = recommend(values)
+    write_table(out / "mix.csv", values, endings)
+    (out / "recommendation.json").write_text(json.dumps(asdict(advice), indent=2) + "\n")
+    from megatron_sharpness.relative.figure import draw
+
+    draw(values, advice, out / "mix.png", Path(arguments.vary).name)
+    print(format_table(values))
+    print(format_advice(advice, Path(arguments.vary).name))
+    print(*(out / name for name in ("mix.csv", "mix.png", "recommendation.json")), sep="\n")
+
+
+def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counter[str]]]:
+    """λ_c of every task by share, and how the measurements ended.
+
+    A batch counts where all of its tasks have a value: a number, or ∞ and 0 as :data:`ENDINGS` has
+    them.
+
+    Raises:
+        InputError: nothing was measured at a share.
+    """
+    values: Values = {}
+    endings: dict[float, Counter[str]] = {}
+    for share in shares:
+        batches: dict[int, dict[str, float | None]] = {}
+        endings[share] = Counter()
+        for line in _records(out, share).read_text().splitlines():
+            record = json.loads(line)
+            if record["batch"] == TRAIN:
+                continue
+            endings[share][record["status"]] += 1
+            found = record["critical_sharpness"]
+            value = ENDINGS.get(record["status"]) if found is None else found
+            batches.setdefault(record["iteration"], {})[record["batch"]] = value
+        whole = [batch for batch in batches.values() if None not in batch.values()]
+        if not whole:
+            raise InputError(
+                f"share {share:g}: no batch has a value for every task; "
+                f"{_records(out, share)} says why: {dict(endings[share])}"
+            )
+        values[share] = {
+            task: [float(batch[task] or 0.0) for batch in whole] for task in whole[0]
+        }
+    return values, endings
+
+
+def write_table(path: Path, values: Values, endings: dict[float, Counter[str]]) -> None:
+    """A line for each share and task: mean, median and spread of λ_c over batches."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ["share", "task", "batches", "mean", "median", "std", "q16", "q84", "stable_lr",
+             "rises_at_once", "endings"]
+        )  # fmt: skip
+        for share, tasks in values.items():
+            shown = " ".join(f"{status}:{n}" for status, n in sorted(endings[share].items()))
+            for task, numbers in tasks.items():
+                array = np.array(numbers)
+                finite = array[np.isfinite(array)]
+                mean, std = (finite.mean(), finite.std()) if len(finite) else (math.nan, math.nan)
+                q16, median, q84 = np.quantile(array, [0.16, 0.5, 0.84], method="higher")
+                table.writerow(
+                    [share, task, len(array), mean, median, std, q16, q84,
+                     2 / median if median else math.inf, len(array) - len(finite), shown]
+                )  # fmt: skip
+
+
+def format_table(values: Values) -> str:
+    """Medians of λ_c, a line a share and a column a task."""
+    tasks = list(next(iter(values.values())))
+    lines = ["share  " + "".join(f"{task:>14}" for task in tasks)]
+    for share, numbers in values.items():
+        medians = (np.quantile(numbers[task], 0.5, method="higher") for task in tasks)
+        lines.append(f"{share:<7g}" + "".join(f"{median:>14.4g}" for median in medians))
+    return "\n".join(lines)
+
+
+def format_advice(advice: Recommendation, name: str) -> str:
+    """The recommendation in words."""
+    low, high = advice.lr_interval
+    lines = [
+        f"recommended: {advice.share:.0%} {name} (chosen in {advice.votes[advice.share]:.0%} of "
+        "the bootstrap's draws)",
+        f"  largest stable learning rate there: {advice.lr:.3g} (90 %: {low:.3g} to {high:.3g}); "
+        f"{advice.limits} rises first",
+    ]
+    if advice.crossing is None:
+        lines.append(
+            f"  no crossing: {advice.limits} limits at every neighbouring share, so that the mix "
+            "is no trade-off between these tasks here"
+        )
+    else:
+        interval = ""
+        if advice.crossing_interval is not None:
+            left, right = advice.crossing_interval
+            interval = f" (90 %: {left:.0%} to {right:.0%})"
+        lines.append(f"  the tasks that limit cross at {advice.crossing:.0%}{interval}")
+    return "\n".join(lines)
+
+
+def mixture(vary: str, share: float, fixed: Sequence[tuple[float, str]]) -> list[str]:
+    """``--data-path`` of a share: WEIGHT PREFIX …, without what has none."""
+    total = sum(weight for weight, _ in fixed)
+    parts = [(share, vary), *(((1 - share) * weight / total, prefix) for weight, prefix in fixed)]
+    parts = [(weight, prefix) for weight, prefix in parts if weight > 0]
+    if len(parts) == 1:
+        return [parts[0][1]]
+    return [text for weight, prefix in parts for text in (f"{weight:.10g}", prefix)]
+
+
+def _measure(
+    arguments: argparse.Namespace, fixed: Sequence[tuple[float, str]], share: float, shown: str
+) -> None:
+    """One run of the training command; its records are there under their name when it is over."""
+    records = _records(arguments.out, share)
+    partial, log = records.with_suffix(".partial"), records.with_suffix(".log")
+    partial.unlink(missing_ok=True)
+    steps = arguments.accumulate + arguments.measure
+    samples = arguments.eval_samples
+    command = [
+        *arguments.training,
+        *("--data-path", *mixture(arguments.vary, share, fixed)),
+        *("--finetune", "--train-iters", str(steps)),
+        *("--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
+        *("--measure-critical-sharpness-every", "1"),
+        *("--critical-sharpness-frozen", str(arguments.accumulate)),
+        *("--critical-sharpness-log", str(partial)),
+        *("--critical-sharpness-eval-data", *arguments.eval_data),
+        *(("--critical-sharpness-eval-samples", str(samples)) if samples else ()),
+    ]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if sys.stderr.isatty():
+                    found = partial.read_text().count("\n") if partial.exists() else 0
+                    done = found // (1 + len(arguments.eval_data))
+                    print(f"\r{shown}: {done} of {arguments.measure} batches ", end="",
+                          file=sys.stderr)  # fmt: skip
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    if process.returncode or not partial.exists():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise InputError(
+            f"share {share:g}: the training command ended with {process.returncode} and "
+            f"{'some' if partial.exists() else 'no'} records. The end of {log}:\n{tail}\nMend it "
+            "and start this again: shares that are done are not done again"
+        )
+    partial.rename(records)
+
+
+def _records(out: Path, share: float) -> Path:
+    return out / f"share-{share:g}.jsonl"
+
+
+def _check(arguments: argparse.Namespace) -> list[tuple[float, str]]:
+    """Refuse what can be refused before anything runs; the fixed components."""
+    for share in arguments.shares:
+        if not 0.0 <= share <= 1.0:
+            raise InputError(f"--shares {share:g}: a share of the data lies between 0 and 1")
+    for name in ("accumulate", "measure", "eval_samples"):
+        value = getattr(arguments, name)
+        if value is not None and value < (name != "accumulate"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: a number of batches or samples")
+    given = arguments.fixed
+    try:
+        fixed = [(float(w), p) for w, p in zip(given[::2], given[1::2], strict=True)]
+    except ValueError:
+        raise InputError(
+            f"--fixed {' '.join(given)}: it alternates; give WEIGHT PREFIX WEIGHT PREFIX …"
+        ) from None
+    if not all(0 < weight < math.inf for weight, _ in fixed):
+        raise InputError(f"--fixed {' '.join(given)}: weights are positive numbers")
+    for flag, prefix in (("--vary", arguments.vary), *(("--fixed", p) for _, p in fixed)):
+        for suffix in (".bin", ".idx"):
+            if not Path(prefix + suffix).is_file():
+                raise InputError(
+                    f"{flag} {prefix}: there is no {prefix}{suffix}; give the path of both "
+                    "without the suffix (megatron-sharpness tokenize writes them)"
+                )
+    try:
+        evaluation.parse(arguments.eval_data)
+    except InputError as error:
+        raise InputError(str(error).replace(evaluation.FLAG, "--eval-data")) from None
+    for flag in ("--save", "--data-path"):
+        if flag in arguments.training:
+            raise InputError(f"{flag} in the training command: the sweep gives or forbids it; "
+                             "leave it out")  # fmt: skip
+    return fixed
+
+
+def _keep_settings(arguments: argparse.Namespace) -> None:
+    """Write what the shares are measured with, or refuse to go on with something else."""
+    names = ("vary", "fixed", "eval_data", "eval_samples", "accumulate", "measure", "training")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    path = arguments.out / "settings.json"
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+            return
+        before = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--out {arguments.out}: {error.strerror}; give another folder") from error
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--out {arguments.out}: it holds shares measured with {name} "
+                f"{before.get(name)!r}, and this is {value!r}; give the same, or another folder"
+            )
