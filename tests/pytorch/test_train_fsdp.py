@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sharpness.data import write_dataset
 from megatron_sharpness.errors import InputError
+from tests.megatron.harness import other_data
 from tests.processes import ROOT, free_port, start_ranks
 from tests.trainers.harness import require
 
@@ -72,9 +73,14 @@ class Run:
         ]
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def all_records(self) -> list[dict[str, Any]]:
         lines = (self.folder / "tensorboard/critical_sharpness.jsonl").read_text().splitlines()
         return [{**json.loads(line), "seconds": None} for line in lines]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the step's own batch."""
+        return [record for record in self.all_records if record["batch"] == "train"]
 
     def checkpoint(self, iteration: int) -> dict[str, Any]:
         whole = self.folder / f"whole{iteration}.pt"
@@ -139,12 +145,14 @@ def tiny_olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[[str], Run]:
     """All runs of two processes, by name; those that resume, of what those before have saved."""
     folder = tmp_path_factory.mktemp("runs")
+    others = f"--critical-sharpness-eval-data sums={other_data(folder)}"
     olmo = f"--hf-model {tiny_olmo} {TRAINING} --bf16 --recompute-granularity full"
     olmo += " --attention-backend flash"
     flags = {
         "off": RUN,
-        "on": f"{RUN} {EVERY} 2",
-        "on, resumed": f"{RUN} {EVERY} 2",
+        "on": f"{RUN} {EVERY} 2 {others}",
+        "on, resumed": f"{RUN} {EVERY} 2 {others}",
+        "on, resumed frozen": f"{RUN} {EVERY} 2 {others} --finetune --critical-sharpness-frozen 2",
         "off, resumed on": f"{RUN} {EVERY} 2",
         "on, resumed off": RUN,
         "plain": f"{PLAIN} {EVERY} 2",
@@ -155,7 +163,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
     for name, line in flags.items():
         own = folder / name
         own.mkdir()
-        argv = [*line.split(), "--save", f"{own}/checkpoints"]
+        argv = line.split()
+        if "frozen" not in line:
+            argv += ["--save", f"{own}/checkpoints"]
         argv += ["--tensorboard-dir", f"{own}/tensorboard"]
         source = ""
         if "resumed" in name:
@@ -194,6 +204,27 @@ def test_training_is_bit_for_bit_the_training_without_measurement(
     assert [record["tokens"] for record in on.records] == [8 * 32] * 3
     assert [record["consumed_samples"] for record in on.records] == [16, 32, 48]
     assert on.output.count(" critical sharpness at iteration") == 3
+    others = [record for record in on.all_records if record["batch"] == "sums"]
+    assert [record["iteration"] for record in others] == [2, 4, 6]
+    assert {record["status"] for record in others} <= {"found", "not_descent"}
+    assert len({record["tokens"] for record in others}) == 1 and others[0]["tokens"] < 8 * 20
+
+
+def test_a_frozen_run_of_loaded_weights_measures_and_trains_nothing(
+    runs: Callable[[str], Run],
+) -> None:
+    frozen, trained = runs("on, resumed frozen"), runs("on")
+    assert "loaded the weights of" in frozen.output
+    assert [record["iteration"] for record in frozen.all_records] == [4, 4, 6, 6]
+    assert {record["status"] for record in frozen.records} == {"found"}
+    sums = [record["loss"] for record in frozen.all_records if record["batch"] == "sums"]
+    # Of the weights after iteration 3, at which the run that was saved measured its iteration 4.
+    (before,) = [
+        record["loss"]
+        for record in trained.all_records
+        if (record["batch"], record["iteration"]) == ("sums", 4)
+    ]
+    assert sums == [before, before]
 
 
 @pytest.mark.parametrize("resumed", ["on, resumed", "off, resumed on", "on, resumed off"])
@@ -204,7 +235,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert rest.training_lines == whole.training_lines[3:]
     assert differing(whole.checkpoint(6), rest.checkpoint(6)) == []
     if resumed == "on, resumed":
-        assert rest.records == whole.records[1:]
+        assert rest.all_records == whole.all_records[2:]  # the warm starts of both searches too
     elif resumed == "off, resumed on":  # its search starts cold
         assert [record["status"] for record in rest.records] == ["found"] * 2
 
@@ -334,6 +365,39 @@ def test_an_epoch_is_every_sample_once_and_each_is_shuffled_anew() -> None:
     assert epochs[0] != epochs[1]
     again = fsdp_data.Samples(documents, lengths, 8, seed=1)
     assert tuple(again[20]) == epochs[1][3]
+
+
+def test_a_blend_draws_each_kind_by_its_weight_and_none_of_its_samples_twice() -> None:
+    documents = {kind: [np.full(801, kind) + np.arange(801)] for kind in (0, 1000, 5000)}
+    parts = [
+        (fsdp_data.Samples(text, np.array([801]), 8, seed=1), weight)
+        for text, weight in zip(documents.values(), (0.5, 0.2, 0.3), strict=True)
+    ]
+    blend = fsdp_data.Blend(parts, seed=1)
+    drawn = [tuple(blend[i]) for i in range(100)]
+    assert len(set(drawn)) == 100
+    part = [sum(low <= sample[0] < high for sample in drawn) / 100
+            for low, high in ((0, 1000), (1000, 5000), (5000, 9000))]  # fmt: skip
+    assert part == pytest.approx([0.5, 0.2, 0.3], abs=0.12)
+    again = fsdp_data.Blend(parts, seed=1)  # wherever a resumed run begins
+    assert [tuple(again[i]) for i in (2000, 99, 3)] == [tuple(blend[2000]), drawn[99], drawn[3]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1 a 2", "a mix alternates"),
+        ("a b", "a mix alternates"),
+        ("-1 a 2 b", "weights are not negative"),
+        ("0 a 0 b", "some are positive"),
+        ("1 /no/such 1 /nor/this", "there is no /no/such.bin"),
+    ],
+)
+def test_a_bad_mix_is_refused(
+    given: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=f"--data-path .*{message}"):
+        parse(monkeypatch, f"{NO_DATA} --data-path {given}")
 
 
 TEXTS = ["Once upon a time", "there was a λ", "and it was sharp."]
