@@ -30,7 +30,6 @@ from megatron_sharpness.search import (
     Probe,
     SearchResult,
     estimate_directional_sharpness,
-    estimate_slope,
     find_critical_lr,
     find_critical_lrs,
     predict_critical_lr,
@@ -373,10 +372,8 @@ class Meter:
         }
         if search.eta is None:
             return outcome
-        noise = 0.0
-        slope = estimate_slope(loss, search.probes) if step.slope is None else step.slope
-        if self.state.noise and slope is not None and slope > 0.0:
-            noise = self.state.noise / (slope * search.eta)
+        fall = _fall(loss, search) if step.slope is None else step.slope * search.eta
+        noise = self.state.noise / fall if self.state.noise and fall > 0.0 else 0.0
         if noise > NOISE_LIMIT:
             return outcome | _ended(
                 "noise_limited",
@@ -427,6 +424,19 @@ def _lines(step: Step) -> dict[str, Any]:
             step.lr, step.weight_decay, step.beta1
         )
     return lines
+
+
+def _fall(loss: float, search: SearchResult) -> float:
+    """s·η_c of a loss whose slope s is not known, from the ends of the bracket.
+
+    With h(η) = (L(θ − ηΔθ) − L(θ))/η = s(η/η_c − 1) of a quadratic loss it is η_c²·dh/dη.
+    """
+    losses = {probe.lr: probe.loss for probe in search.probes}
+    lower, upper, eta = search.lower, search.upper, search.eta
+    if lower is None or upper is None or eta is None or not math.isfinite(losses[upper]):
+        return 0.0
+    rise = (losses[upper] - loss) / upper - (losses[lower] - loss) / lower
+    return rise / (upper - lower) * eta * eta
 
 
 def _ended(status: Status, reason: str | None = None) -> dict[str, Any]:

@@ -152,10 +152,13 @@ def find_critical_lrs(
 ) -> dict[str, SearchResult]:
     """Bracket the critical learning rate of each of several losses along one update.
 
-    Each loss has the search that :func:`find_critical_lr` would make for it without a slope. They
-    take turns, and what one asks for is evaluated for all whose own next η is so near that it does
-    as well: within half a tolerance of a guess or a prediction, while an evaluation that is to
-    close a bracket has its place.
+    Each loss has the search that :func:`find_critical_lr` would make for it without a slope, but
+    an ascent is an answer here. A loss that was never below ends "not_descent" where it rises to
+    two probes far apart about as steeply, or is above at 1/4096 of the guess too.
+
+    The searches take turns, and what one asks for is evaluated for all whose own next η is so near
+    that it does as well: within half a tolerance of a guess or a prediction, while an evaluation
+    that is to close a bracket has its place.
 
     Args:
         losses_at: η and the names of losses ↦ their L(θ - ηΔθ), in nat.
@@ -167,7 +170,9 @@ def find_critical_lrs(
         ValueError: an argument is outside its range.
     """
     searches = {
-        name: _Search(losses[name], guesses[name], None, tolerance, method, max_evaluations)
+        name: _Search(
+            losses[name], guesses[name], None, tolerance, method, max_evaluations, may_ascend=True
+        )
         for name in losses
     }
     while True:
@@ -194,6 +199,7 @@ class _Search:
     tolerance: float
     method: Method
     max_evaluations: int
+    may_ascend: bool = False
     probes: list[Probe] = field(default_factory=list)
     lower: float | None = None
     upper: float | None = None
@@ -292,7 +298,7 @@ class _Search:
         """Whether the loss rises from θ on: its slope says so, or else two probes above."""
         if self.slope is not None:
             return self.slope <= 0
-        if len(self.probes) < 2 or self.farthest_below:
+        if not self.may_ascend or len(self.probes) < 2 or self.farthest_below:
             return False
         return estimate_slope(self.loss, self.probes) is None
 
@@ -301,7 +307,7 @@ class _Search:
         """Whether the loss is seen to rise to the nearest probes about as steeply."""
         finite = sorted((p for p in self.probes if math.isfinite(p.loss)), key=lambda p: p.lr)
         farther = [p for p in finite if p.lr >= _FAR_APART * finite[0].lr * (1 - 1e-9)]
-        if self.slope is not None or not farther:
+        if not self.may_ascend or not farther:
             return False
         (near, far) = ((p.loss - self.loss) / p.lr for p in (finite[0], farther[0]))
         return far < math.inf and _AS_STEEP * far <= near <= far / _AS_STEEP
@@ -350,8 +356,7 @@ class _Search:
             return "not_descent"
         if nearest == self.upper:
             smaller = (fraction * self.guess for fraction in _ASCENT_FRACTIONS)
-            end: SearchStatus | None = None if self.slope is None else "not_descent"
-            return next((eta for eta in smaller if 0 < eta < nearest), end)
+            return next((eta for eta in smaller if 0 < eta < nearest), "not_descent")
         check = _ASCENT_FRACTIONS[1] * self.guess
         return check if len(self.probes) == 1 and check > 0 else None
 

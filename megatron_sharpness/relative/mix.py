@@ -32,8 +32,11 @@ from megatron_sharpness.relative.recommendation import Recommendation, recommend
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-#: λ_c of a measurement that ended so without a number: the loss rises at once, or never.
-ENDINGS = {"not_descent": math.inf, "no_lower": math.inf, "no_upper": 0.0}
+#: λ_c of a measurement that ended so without a number: the loss rises at once, as far as its noise
+#: lets one tell, or never.
+ENDINGS = {
+    "not_descent": math.inf, "no_lower": math.inf, "noise_limited": math.inf, "no_upper": 0.0
+}  # fmt: skip
 
 #: By share, λ_c of each task, a number for each batch.
 Values = dict[float, dict[str, list[float]]]
@@ -197,6 +200,11 @@ def format_table(values: Values) -> str:
 
 def format_advice(advice: Recommendation, name: str) -> str:
     """The recommendation in words."""
+    if not advice.lr:
+        return (
+            "no recommendation: at every share the loss of some task rises at once, whatever the "
+            "learning rate; the model may not know all of this data, or be at a minimum of one"
+        )
     low, high = advice.lr_interval
     lines = [
         f"recommended: {advice.share:.0%} {name} (chosen in {advice.votes[advice.share]:.0%} of "

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -197,3 +197,57 @@ def test_an_estimate_states_its_error_and_is_where_the_next_search_begins() -> N
     assert record.critical_lr == pytest.approx(CRITICAL, rel=2 * record.critical_lr_error)
     assert record.critical_sharpness == 2 / record.critical_lr
     assert meter.state.guess == record.critical_lr
+
+
+def others(
+    functions: dict[str, Callable[[float], float]],
+) -> Callable[[float, Sequence[str]], dict[str, tuple[float, int]]]:
+    return lambda eta, names: {name: (functions[name](eta), 64) for name in names}
+
+
+def test_losses_on_other_data_have_records_of_their_own() -> None:
+    records = Records()
+    meter = Meter(Settings(), sinks=[records])
+    meter.measure(STEP, quadratic)
+    found = meter.measure_others(
+        STEP,
+        ["code", "steep"],
+        others({"code": lambda eta: 5.0 - eta + 3.0 * eta * eta, "steep": lambda eta: 5.0 + eta}),
+    )
+    assert records[1:] == [found["code"], found["steep"]]
+    code, steep = found["code"], found["steep"]
+    assert (code.batch, code.status, code.tokens, code.loss) == ("code", "found", 64, 5.0)
+    assert code.critical_lr == pytest.approx(1 / 3, rel=1e-6)
+    assert code.lr_over_critical == pytest.approx(0.09, rel=1e-6)
+    assert code.slope is None and code.update_norm == STEP.update_norm
+    assert (steep.status, steep.critical_lr) == ("not_descent", None)
+    assert meter.state.guesses == {"code": code.critical_lr}
+    assert meter.state.guess == records[0].critical_lr
+    assert code.scalars().keys() == {
+        "critical-sharpness/code", "critical-learning-rate/code",
+        "learning-rate-over-critical/code",
+    }  # fmt: skip
+
+
+def test_a_loss_on_other_data_that_falls_by_less_than_its_noise_is_noise_limited() -> None:
+    meter = Meter(Settings(), state=MeterState(noise=1e-3))
+    shallow = others({"code": lambda eta: 5.0 - 0.1 * eta + 0.5 * eta * eta})  # s·η_c = 0.02
+    deep = others({"code": lambda eta: 5.0 - eta + 5.0 * eta * eta})  # s·η_c = 0.2
+    assert meter.measure_others(STEP, ["code"], shallow)["code"].status == "noise_limited"
+    assert meter.measure_others(STEP, ["code"], deep)["code"].status == "found"
+
+
+def test_rounding_next_to_theta_is_no_descent() -> None:
+    """The slope is 0, and what is left to fall is the rounding of the loss."""
+    meter = Meter(Settings(), state=MeterState(noise=1e-7))
+    flat = others({"code": lambda eta: round(5.0 + 30 * eta * eta, 7)})
+    assert meter.measure_others(STEP, ["code"], flat)["code"].status == "noise_limited"
+
+
+def test_steps_that_cannot_be_measured_make_no_probe_of_other_data() -> None:
+    def never(eta: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
+        raise AssertionError
+
+    for changed, status in (({"skipped": True}, "skipped_step"), ({"lr": 0.0}, "zero_lr")):
+        found = Meter(Settings()).measure_others(replace(STEP, **changed), ["code"], never)  # type: ignore[arg-type]
+        assert found["code"].status == status
