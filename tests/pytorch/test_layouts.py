@@ -57,6 +57,8 @@ def ranks(
 def check_training(found: dict[str, Any]) -> None:
     assert found["on"] == found["off"]
     assert [record["status"] for record in found["records"]] == ["found", "found"]
+    others = {"found", "not_descent"}  # what an update does to other data
+    assert {record["status"] for record in found["others"]} <= others
 
 
 def check_number(layout: Layout, found: dict[str, Any]) -> None:
@@ -78,6 +80,19 @@ def check_number(layout: Layout, found: dict[str, Any]) -> None:
         lower, upper = record["critical_lr_lower"], record["critical_lr_upper"]
         assert lower <= reference["critical_lr"] < upper
     assert record["tokens"] == found["tokens"]
+    check_relative(layout, found["other"], reference["relative_critical_lr"])
+
+
+def check_relative(layout: Layout, other: dict[str, Any], critical_lr: float) -> None:
+    """The same number of other data, whose noise is that of the loss too."""
+    if critical_lr == 0.0:
+        assert other["status"] in ("not_descent", "noise_limited")
+        return
+    assert other["status"] == "found"
+    precision = 2e-2 if layout.computes_in_low_precision else 1e-5
+    if layout.options.get("method") == "bisection":
+        precision = 1e-3
+    assert other["critical_lr"] == pytest.approx(critical_lr, rel=precision)
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -93,4 +108,5 @@ def test_on_several_processes(name: str, ranks: Ranks) -> None:
     check_number(DISTRIBUTED[name], results[0])
     for found in results:
         check_training(found)
-        assert found["record"] | {"seconds": 0} == results[0]["record"] | {"seconds": 0}
+        for name in ("record", "other"):
+            assert found[name] | {"seconds": 0} == results[0][name] | {"seconds": 0}

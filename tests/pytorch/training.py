@@ -28,6 +28,8 @@ from .gpt import loss_sum, make_batch, make_gpt
 from .layouts import DEVICE, DISTRIBUTED, GPU, SINGLE, Layout
 
 STEPS, EVERY = 4, 2
+#: The step whose batch is the other data.
+OTHER = 99
 
 
 @dataclasses.dataclass
@@ -36,6 +38,7 @@ class Trained:
 
     hashes: dict[str, str]
     records: list[dict[str, Any]]
+    others: list[dict[str, Any]]  # of the loss on other data
     weights: list[dict[str, Tensor]]  # whole, before each step and after the last
     data_size: int
 
@@ -65,8 +68,19 @@ def train(
     ]
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**8, enabled=layout.scaled)
     torch.manual_seed(100 + data_rank)
-    sharpness = CriticalSharpness(called, optimizers, every, **layout.options) if every else None
-    losses, records, weights = [], [], []
+
+    def other() -> tuple[Tensor, int]:
+        batch = tuple(tensor.to(DEVICE) for tensor in make_batch(OTHER, 0, data_rank))
+        with layout.forward():
+            loss, tokens = loss_sum(called, batch)
+        return (torch.zeros(()), 0) if wrapped.repeats else (loss, int(tokens))
+
+    sharpness = None
+    if every:
+        sharpness = CriticalSharpness(
+            called, optimizers, every, losses={"other": other}, **layout.options
+        )
+    losses, records, others, weights = [], [], [], []
     for step in range(steps):
         if keep_weights:
             weights.append(whole_weights(model))
@@ -121,6 +135,7 @@ def train(
             record = sharpness.after_step(step, given, grad_norm=norm)
             if record is not None:
                 records.append(dataclasses.asdict(record))
+                others.append(dataclasses.asdict(sharpness.records["other"]))
     if keep_weights:
         weights.append(whole_weights(model))
     hashes = {
@@ -138,7 +153,7 @@ def train(
         "scaler": str(scaler.state_dict()),
         "modes": str([module.training for module in called.modules()]),
     }
-    return Trained(hashes, records, weights, data_size)
+    return Trained(hashes, records, others, weights, data_size)
 
 
 def device_random_state() -> Tensor:
@@ -166,16 +181,16 @@ def reference(layout: Layout, size: int, weights: list[dict[str, Tensor]], step:
     start, end = ({k: v.double() for k, v in weights[i].items()} for i in (step, step + 1))
     model.train(layout.options.get("mode") != "eval")
 
-    def loss(fraction: Tensor) -> Tensor:
+    def loss(fraction: Tensor, of: int = step) -> Tensor:
         losses, tokens = [], 0
         for rank in range(size):
-            passes = start["passes"].clone()
-            for i in range(layout.micro_batches):
+            passes = (start if of == step else end)["passes"].clone()
+            for i in range(layout.micro_batches if of == step else 1):
                 at = {k: torch.lerp(start[k], end[k], fraction) for k in start if k != "passes"}
                 total, count = functional_call(
                     Loss(model),
                     {"model." + k: v for k, v in at.items()} | {"model.passes": passes},
-                    (make_batch(step, i, rank),),
+                    (make_batch(of, i, rank),),
                 )
                 losses.append(total)
                 tokens += int(count)
@@ -189,18 +204,30 @@ def reference(layout: Layout, size: int, weights: list[dict[str, Tensor]], step:
     zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
     at_zero = loss(zero)
     (derivative,) = torch.autograd.grad(at_zero, zero)
-    with torch.no_grad():
-        lower, upper = 0.0, 2.0**-10
-        while loss(torch.tensor(upper, dtype=torch.float64)) <= at_zero:
-            lower, upper = upper, upper * 1.25
-        for _ in range(30):
-            middle = 0.5 * (lower + upper)
-            if loss(torch.tensor(middle, dtype=torch.float64)) <= at_zero:
-                lower = middle
-            else:
-                upper = middle
+    critical = critical_fraction(loss)
+    model.eval()
+    relative = critical_fraction(lambda fraction: loss(fraction, OTHER))
     norm = sum(float((start[k] - end[k]).square().sum()) for k in start if k != "passes") ** 0.5
-    return Reference(at_zero.item(), -derivative.item() / lr, norm / lr, lower * lr)
+    return Reference(
+        at_zero.item(), -derivative.item() / lr, norm / lr, critical * lr, relative * lr
+    )
+
+
+@torch.no_grad()
+def critical_fraction(loss: Callable[[Tensor], Tensor]) -> float:
+    """The smallest fraction at which the loss is above its start; 0 where it rises at once."""
+
+    def falls(fraction: float) -> bool:
+        return bool(loss(torch.tensor(fraction, dtype=torch.float64)) <= at_zero)
+
+    at_zero = loss(torch.zeros((), dtype=torch.float64))
+    lower, upper = 0.0, 2.0**-10
+    while falls(upper):
+        lower, upper = upper, upper * 1.25
+    for _ in range(30 if lower else 0):
+        middle = 0.5 * (lower + upper)
+        lower, upper = (middle, upper) if falls(middle) else (lower, middle)
+    return lower
 
 
 class Loss(nn.Module):
@@ -220,6 +247,7 @@ class Reference:
     slope: float
     update_norm: float
     critical_lr: float
+    relative_critical_lr: float
 
 
 def compare(layout: Layout, *, with_reference: bool = True) -> dict[str, Any]:
@@ -233,7 +261,9 @@ def compare(layout: Layout, *, with_reference: bool = True) -> dict[str, Any]:
         "off": off.hashes,
         "on": on.hashes,
         "records": on.records,
+        "others": on.others,
         "record": next(r for r in measured.records if r["iteration"] == step),
+        "other": next(r for r in measured.others if r["iteration"] == step),
         "tokens": sum(
             int(make_batch(step, i, rank)[1].ge(0).sum())
             for i in range(layout.micro_batches)
