@@ -379,10 +379,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with attention(args):
         shard(args, model, device)
         train(args, model, vocabulary, samples, others, device)
-    # gloo's threads let go of the last collectives' tensors with Python's lock. Here they can take
-    # it; in an interpreter that ends they would abort the process (pytorch/pytorch#190489).
-    dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads live on and let go of the last collectives' tensors with Python's lock, which
+    # they can take now. In an interpreter that ends they would abort the process, its work done.
+    time.sleep(0.1)
 
 
 if __name__ == "__main__":

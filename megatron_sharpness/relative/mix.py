@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.convert_arg_line_to_args = (  # type: ignore[method-assign]
         lambda arg_line: shlex.split(arg_line, comments=True)
     )
-    parser.epilog = "@FILE reads flags from a file, as configs/olmo2_midtraining.args."
+    parser.epilog = "@FILE reads flags from a file, as configs/olmo2_midtraining.mix."
     parser.add_argument(
         "training",
         nargs="+",

@@ -155,6 +155,12 @@ def test_a_mix_is_read_from_a_file(
     assert "--fixed /no/such: there is no" in capsys.readouterr().err
 
 
+def test_the_mix_of_the_configuration_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs/olmo2_midtraining.mix"
+    assert cli.main(["mix", f"@{config}", "--out", "/nowhere", "--", "true"]) == 1
+    assert "--vary data/dclm: there is no data/dclm.bin" in capsys.readouterr().err
+
+
 def test_batches_count_where_all_tasks_have_a_value(tmp_path: Path) -> None:
     def line(iteration: int, batch: str, status: str, value: float | None = None) -> str:
         return json.dumps(
