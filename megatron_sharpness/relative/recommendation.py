@@ -32,8 +32,8 @@ class Recommendation:
         limits: the task whose loss rises first there.
         lr_interval: where ``lr`` lies in 90 % of bootstrap draws over the batches.
         votes: by share, the part of the draws that recommend it.
-        crossing: the share at which the two tasks that limit the neighbours are equal, between two
-            measured shares and interpolated in ln λ; None where the same task limits all.
+        crossing: the share at which the tasks that limit two neighbouring shares are equal, with
+            η_c = 2/λ taken for linear between the two; None where the same task limits all.
         crossing_interval: of the crossing, in 90 % of the draws that have one; None if that are
             under half of them.
     """
@@ -108,24 +108,28 @@ def _rate(sharpness: float) -> float:
 
 
 def _crossing(shares: Sequence[float], medians: Array) -> float | None:
-    """Where the task that limits at first is overtaken by the one that does next to it.
+    """Where the task that limits one share gives way to the one that limits the next.
 
-    Of several, the one with the smallest λ.
+    Of several, the one that leaves the largest learning rate.
     """
     limits = medians.argmax(axis=1)
     found: list[tuple[float, float]] = []
     for i in range(len(shares) - 1):
-        first, second = limits[i], limits[i + 1]
-        if first == second:
+        tasks = [limits[i], limits[i + 1]]
+        if tasks[0] == tasks[1]:
             continue
-        ends = medians[i : i + 2][:, [first, second]]
-        if not np.isfinite(ends).all() or not (ends > 0).all():
+        (first, other), (first_after, other_after) = map(_rates, medians[i : i + 2][:, tasks])
+        if not math.isfinite(first + other + first_after + other_after):
             continue
-        before, after = np.log(ends[:, 0] / ends[:, 1])
-        part = before / (before - after) if before > after else 0.5
-        level = float(np.exp(np.log(ends[0, 0]) * (1 - part) + np.log(ends[1, 0]) * part))
-        found.append((level, float(shares[i] + part * (shares[i + 1] - shares[i]))))
-    return min(found)[1] if found else None
+        before, after = other - first, first_after - other_after
+        part = before / (before + after) if before + after > 0 else 0.5
+        rate = first + part * (first_after - first)
+        found.append((rate, shares[i] + part * (shares[i + 1] - shares[i])))
+    return max(found)[1] if found else None
+
+
+def _rates(sharpness: Array) -> list[float]:
+    return [_rate(float(value)) for value in sharpness]
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

@@ -15,16 +15,16 @@ SHARES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
 def sweep(scatter: float = 0.0, batches: int = 20) -> dict[float, dict[str, list[float]]]:
-    """ln λ is linear in the share: prose falls, code rises, and they are equal at 0.55."""
+    """η_c = 2/λ is linear in the share: of prose it grows, of code it falls, equal at 0.55."""
     generator = np.random.default_rng(1)
+
+    def values(eta: float) -> list[float]:
+        return list(2 / eta * np.exp(scatter * generator.standard_normal(batches)))
+
     return {
         share: {
-            "prose": list(
-                np.exp(6 - 2 * (share - 0.55) + scatter * generator.standard_normal(batches))
-            ),
-            "code": list(
-                np.exp(6 + 2 * (share - 0.55) + scatter * generator.standard_normal(batches))
-            ),
+            "prose": values(0.01 * (1 + 1.2 * (share - 0.55))),
+            "code": values(0.01 * (1 - 1.2 * (share - 0.55))),
         }
         for share in SHARES
     }
@@ -34,8 +34,8 @@ def test_the_share_with_the_smallest_largest_sharpness_is_recommended() -> None:
     found = recommend(sweep())
     assert found.share == 0.6
     assert found.limits == "code"
-    assert found.critical_sharpness == pytest.approx(math.exp(6.1))
-    assert found.lr == pytest.approx(2 / math.exp(6.1))
+    assert found.critical_sharpness == pytest.approx(2 / 0.0094)
+    assert found.lr == pytest.approx(0.0094)
     assert found.crossing == pytest.approx(0.55)
     assert found.crossing_interval == pytest.approx((0.55, 0.55))
     assert found.lr_interval == pytest.approx((found.lr, found.lr))
@@ -44,11 +44,11 @@ def test_the_share_with_the_smallest_largest_sharpness_is_recommended() -> None:
 
 def test_scatter_shows_in_the_intervals_and_the_votes() -> None:
     little, much = recommend(sweep(0.05)), recommend(sweep(1.0))
-    assert little.lr_interval[0] < 2 / math.exp(6.1) < little.lr_interval[1] * 1.05
-    assert little.votes[0.6] > 0.9 > much.votes[0.6]
+    assert little.lr_interval[0] < 0.0094 < little.lr_interval[1] * 1.05
+    assert little.votes[0.6] > 0.8
     assert sum(much.votes.values()) == pytest.approx(1)
     low, high = little.crossing_interval or (0, 0)
-    assert low < 0.55 < high < low + 0.1
+    assert low < 0.56 and 0.54 < high < low + 0.1
     wide = much.lr_interval[1] / much.lr_interval[0]
     assert wide > little.lr_interval[1] / little.lr_interval[0]
     assert recommend(sweep(1.0)) == much  # seeded
@@ -69,6 +69,14 @@ def test_a_loss_that_rises_at_once_keeps_its_share_out() -> None:
     assert found.share == 0.4
     everywhere = {share: {"prose": [math.inf], "code": [1.0]} for share in SHARES}
     assert recommend(everywhere).lr == 0.0
+
+
+def test_a_crossing_beside_a_loss_that_rises_at_once_lies_between() -> None:
+    found = recommend(
+        {0.5: {"prose": [math.inf], "code": [200.0]}, 0.75: {"prose": [400.0], "code": [800.0]}}
+    )
+    # η_c: prose 0 and 0.005, code 0.01 and 0.0025, linear in between.
+    assert found.crossing == pytest.approx(0.5 + 0.25 * 0.01 / 0.0125)
 
 
 def test_a_sweep_with_holes_is_refused() -> None:
