@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.measurement import TRAIN
 from megatron_sharpness.report.records import (
     Run,
+    read_batches,
     read_records,
     read_tensorboard,
     read_tensorboard_beside,
@@ -123,7 +125,8 @@ def _read_runs(arguments: argparse.Namespace) -> list[Run]:
     runs = []
     for name, path in zip(names, arguments.runs, strict=True):
         file, logged = records_file(path), None
-        records = read_records(file)
+        others = read_batches(file)
+        records = others.pop(TRAIN)
         if not arguments.out:
             pass  # nothing is drawn, and large event files take their time
         elif arguments.tensorboard_dir is not None:
@@ -132,5 +135,5 @@ def _read_runs(arguments: argparse.Namespace) -> list[Run]:
             logged = read_training_log(arguments.train_log)
         elif path.is_dir():
             logged = read_tensorboard_beside(file)
-        runs.append(Run(name, records, logged))
+        runs.append(Run(name, records, logged, others))
     return runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import numpy as np
 
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import MISSED
-from megatron_sharpness.report.records import Array, Record, Run
+from megatron_sharpness.report.records import Array, Record, Run, column
 
 # Okabe and Ito's blue, vermilion and green: told apart by colour-blind readers too
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#00795C"
 INK, MUTED, GRID = "#222222", "#666666", "#E8E8E8"
+OTHER_COLORS = ("#CC79A7", "#00795C", "#8A6D00", "#56B4E9", "#666666")  # and again
 RUN_COLORS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # and again
 FONT_SIZE = 12
 
@@ -54,6 +56,9 @@ def draw(runs: list[Run], path: Path) -> None:
 
     Several runs, 1600 × 2200 pixels, one colour a run: λ_c with both lines, η/η_c, η, the loss,
     and what a measurement costs in forward passes and in seconds.
+
+    Measured on other data too, one run has its λ_c^{1→2} in the first panel, a triangle at the top
+    where that loss rises at once.
 
     A measurement that found no η_c is marked at the lower axis of the first panel by its status.
 
@@ -111,6 +116,7 @@ def _draw_panels(sharpness: Any, rate: Any, loss: Any, run: Run) -> None:
     _curve(sharpness, iteration, edge, "edge of stability\n$2/\\eta-\\gamma$", color=VERMILION)
     critical_sharpness = run.column("critical_sharpness")
     _curve(sharpness, iteration, critical_sharpness, r"$\lambda_c=2/\eta_c$", color=BLUE, **dots)
+    _draw_others(sharpness, run)
 
     rate.set_title("Critical learning rate")
     rate.set_yscale("log")
@@ -123,6 +129,22 @@ def _draw_panels(sharpness: Any, rate: Any, loss: Any, run: Run) -> None:
     loss.set_title("Loss")
     loss.set_xlabel("iteration")
     _curve(loss, training.iteration, training.loss, r"$L(\theta)$", color=GREEN)
+
+
+def _draw_others(axes: Any, run: Run) -> None:
+    """λ_c^{1→2} of other data; where its loss rises at once it is ∞, a triangle at the top."""
+    curves = {name: column(records, "critical_sharpness") for name, records in run.others.items()}
+    top = 2.0 * max((np.nanmax(v) for v in curves.values() if np.isfinite(v).any()), default=1.0)
+    for (name, values), color in zip(curves.items(), itertools.cycle(OTHER_COLORS)):
+        records = run.others[name]
+        iteration = column(records, "iteration")
+        label = f"{name}, $\\lambda_c^{{1\\to 2}}$"
+        _curve(axes, iteration, values, label, color=color, linewidth=1.4)
+        at_once = np.array([record["status"] == "not_descent" for record in records])
+        axes.plot(
+            iteration[at_once], np.full(at_once.sum(), top), color=color, marker="^",
+            linestyle="None",
+        )  # fmt: skip
 
 
 def _draw_overlay(figure: Any, runs: list[Run]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import STATUSES
+from megatron_sharpness.measurement import STATUSES, TRAIN
 
 Record = dict[str, Any]  # one measurement, by the names of measurement.py
 Array = NDArray[np.float64]
@@ -41,11 +41,13 @@ class Run:
         name: what it is called in tables and legends.
         records: its measurements by iteration, as :func:`read_records` returns them.
         logged: loss and learning rate at every logged iteration, where they are known.
+        others: the measurements on other data, by its name.
     """
 
     name: str
     records: list[Record]
     logged: TrainingCurves | None = None
+    others: dict[str, list[Record]] = field(default_factory=dict)
 
     @cached_property
     def training(self) -> TrainingCurves:
@@ -97,14 +99,19 @@ def run_name(run: Path) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The measurements on the training batch, by iteration.
+    """The measurements on the training batch, as :func:`read_batches` reads them."""
+    return read_batches(path)[TRAIN]
+
+
+def read_batches(path: Path) -> dict[str, list[Record]]:
+    """The measurements on the training batch, ``train``, and on other data, each by iteration.
 
     Where a resumed run has measured an iteration again, the later measurement stands.
 
     Raises:
         InputError: no such file, a line that is no record, or no measurement at all.
     """
-    by_iteration: dict[int, Record] = {}
+    found: dict[str, dict[int, Record]] = {TRAIN: {}}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -112,19 +119,22 @@ def read_records(path: Path) -> list[Record]:
             record = json.loads(line)
             if record["status"] not in STATUSES:
                 raise ValueError(f"status {record['status']!r}")
-            if record.get("batch", "train") == "train":
-                by_iteration[int(record["iteration"])] = record
+            of_batch = found.setdefault(record.get("batch", TRAIN), {})
+            of_batch[int(record["iteration"])] = record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}, line {number}: not a measurement ({error!r}); a line cut short by a "
                 "killed run can be deleted"
             ) from error
-    if not by_iteration:
+    if not found[TRAIN]:
         raise InputError(
             f"{path}: holds no measurement; was --measure-critical-sharpness-every "
             "larger than the number of iterations?"
         )
-    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+    return {
+        batch: [records[iteration] for iteration in sorted(records)]
+        for batch, records in found.items()
+    }
 
 
 _LOG_LINE = re.compile(

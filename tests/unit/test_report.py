@@ -18,7 +18,13 @@ from megatron_sharpness import cli
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import MEASURED, MISSED
 from megatron_sharpness.report import format_table, read_records
-from megatron_sharpness.report.records import Run, column, read_tensorboard, read_training_log
+from megatron_sharpness.report.records import (
+    Run,
+    column,
+    read_batches,
+    read_tensorboard,
+    read_training_log,
+)
 
 
 def record(iteration: int, status: str = "found", **fields: Any) -> dict[str, Any]:
@@ -56,6 +62,25 @@ def test_records_are_ordered_and_a_resumed_run_replaces_its_own(tmp_path: Path) 
     records = read_records(write(tmp_path / "log.jsonl", written))
     assert [each["iteration"] for each in records] == [10, 20]
     assert records[1]["loss"] == 2.0
+
+
+def test_other_data_is_read_beside_and_drawn_capped_where_it_rises_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    from matplotlib.figure import Figure
+
+    from megatron_sharpness.report.figure import _draw_others
+
+    written = [record(step) for step in (10, 20, 30)]
+    written += [record(10, batch="code", critical_sharpness=700.0), record(30, batch="code")]
+    written += [record(20, status="not_descent", batch="code", critical_sharpness=None)]
+    batches = read_batches(write(tmp_path / "log.jsonl", written))
+    assert [len(batches[name]) for name in ("train", "code")] == [3, 3]
+    others = {"code": batches["code"]}
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    _draw_others(axes, Run("run", batches["train"], None, others))
+    (triangle,) = (line for line in axes.get_lines() if line.get_marker() == "^")
+    assert triangle.get_xydata().tolist() == [[20.0, 2000.0]]  # twice the largest of all
 
 
 @pytest.mark.parametrize(
