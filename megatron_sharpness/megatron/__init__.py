@@ -21,7 +21,8 @@ Function = Callable[..., Any]
 def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[Function, Function]:
     """Megatron's two functions of these names, with the flags and what follows from them.
 
-    Nothing else is imported or hooked unless ``--measure-critical-sharpness-every`` is given.
+    Nothing else is imported or hooked unless ``--measure-critical-sharpness-every`` is given, or
+    ``--critical-sharpness-frozen``.
     """
 
     @functools.wraps(add_megatron_arguments)
@@ -31,7 +32,8 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
     @functools.wraps(validate_args)
     def validate_and_attach(args: Any, *rest: Any, **kwargs: Any) -> Any:
         validated = validate_args(args, *rest, **kwargs)
-        if args.measure_critical_sharpness_every:
+        frozen = args.critical_sharpness_frozen is not None  # and must not train, measured or not
+        if args.measure_critical_sharpness_every or frozen:
             try:
                 from megatron_sharpness.megatron.hook import attach
             except ImportError as error:

@@ -59,6 +59,12 @@ def exception_on_last_rank() -> None:
         _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "replay")
 
 
+def exception_in_evaluation_on_last_rank() -> None:
+    """Before the forward pass over other data."""
+    if RANK == LAST:
+        _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "evaluate")
+
+
 def exception_in_forward_on_last_rank() -> None:
     """In the second layer of a probe, while other ranks gather the rest of the parameters."""
     if RANK == LAST:

@@ -70,7 +70,7 @@ class Run:
 
     @property
     def timeless_records(self) -> list[dict[str, Any]]:
-        return [{**record, "seconds": 0.0} for record in self.records]
+        return [{**record, "seconds": 0.0} for record in self.all_records]
 
     @property
     def hashes(self) -> list[dict[str, str]]:

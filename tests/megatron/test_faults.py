@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.harness import run
+from tests.megatron.harness import other_data, run
 
 DP = (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
 BUCKETS = (2, f"{DP[1]} --ddp-bucket-size 5000")
@@ -50,6 +50,21 @@ def test_an_exception_on_the_last_pipeline_stage_is_given_up_by_all(tmp_path: Pa
     ).expect_success()  # fmt: skip
     assert faulty.hashes == plain.hashes
     assert [record["status"] for record in faulty.records].count("failed") == 1
+
+
+def test_a_fault_on_other_data_costs_the_measurements_of_other_data(tmp_path: Path) -> None:
+    processes, flags = TP
+    plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
+    others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
+    faulty = run(
+        tmp_path / "faulty", f"{flags} {others}", processes=processes, every=2,
+        environment={"OBSERVED_FAULT": "exception_in_evaluation_on_last_rank"},
+    ).expect_success()  # fmt: skip
+    assert faulty.hashes == plain.hashes
+    assert [record["status"] for record in faulty.records] == ["found"] * 3
+    failed = [record for record in faulty.relative_records if record["status"] == "failed"]
+    assert [record["iteration"] for record in failed] == [4]
+    assert "rank 1: RuntimeError: injected" in failed[0]["reason"]
 
 
 def test_a_failure_can_be_made_fatal(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.harness import MODEL, run
+from tests.megatron.harness import MODEL, other_data, run
 
 # Without dropout: on the CPU the data loader draws from the same random state as dropout does, and
 # Megatron makes it anew after a load.
@@ -18,8 +18,9 @@ FLAGS = "--bf16"
 
 @pytest.mark.parametrize("checkpoints", ["torch", "torch_dist"])
 def test_resumed_measurements_are_the_uninterrupted_ones(checkpoints: str, tmp_path: Path) -> None:
-    saving = f"{FLAGS} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
-    whole = run(tmp_path / "whole", FLAGS, processes=2, every=2, model=LONG).expect_success()
+    flags = f"{FLAGS} --critical-sharpness-eval-data sums={other_data(tmp_path)}"
+    saving = f"{flags} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
+    whole = run(tmp_path / "whole", flags, processes=2, every=2, model=LONG).expect_success()
     run(
         tmp_path / "first", f"{saving} --exit-interval 4", processes=2, every=2, model=LONG
     ).expect_success()
@@ -28,7 +29,9 @@ def test_resumed_measurements_are_the_uninterrupted_ones(checkpoints: str, tmp_p
         model=LONG,
     ).expect_success()  # fmt: skip
     assert [record["iteration"] for record in second.records] == [6, 8]
-    assert second.timeless_records == whole.timeless_records[2:]
+    # Those of other data too, whose search starts where its own last one ended.
+    assert len(second.timeless_records) == 4
+    assert second.timeless_records == whole.timeless_records[4:]
 
 
 def test_a_checkpoint_without_the_state_loads(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_sharpness.arguments import (
     check_microbatches,
 )
 from megatron_sharpness.errors import InputError
-from tests.megatron.harness import MODEL, ROOT
+from tests.megatron.harness import MODEL, ROOT, run
 
 #: Parses command lines with Megatron's own parser and validation, and prints what came of each.
 CASES = """
@@ -78,6 +78,20 @@ REFUSED = {
     ],
     f"{EVERY} 10 --critical-sharpness-microbatches 1 --critical-sharpness-mode eval": [
         "--critical-sharpness-microbatches 1", "mode 'train'", "leave it out",
+    ],
+    f"{EVERY} 10 --critical-sharpness-eval-data code=/no/such": [
+        "--critical-sharpness-eval-data code=/no/such", "there is no /no/such.bin", "give",
+    ],
+    f"{EVERY} 10 --critical-sharpness-eval-data code": [
+        "--critical-sharpness-eval-data code", "give NAME=PREFIX",
+    ],
+    f"{EVERY} 10 --critical-sharpness-eval-data train=/no/such.jsonl": ["'train' is the step's"],
+    f"{EVERY} 10 --critical-sharpness-eval-samples 7": [
+        "--critical-sharpness-eval-samples 7", "2 at a time", "give a multiple",
+    ],
+    f"{EVERY} 10 --critical-sharpness-frozen -1": ["--critical-sharpness-frozen -1", "0 or more"],
+    "--critical-sharpness-frozen 2 --save /tmp/none": [
+        "--critical-sharpness-frozen 2", "leave out --save",
     ],
     f"{EVERY} 10 --critical-sharpness-log /proc/none/log.jsonl": [
         "--critical-sharpness-log /proc/none/log.jsonl", "cannot be written", "name a file",
@@ -170,3 +184,25 @@ def test_the_backend_is_chosen_and_said(tmp_path: Path) -> None:
     assert "runs on the CPU over gloo" in done.stdout
     assert "cpu True\n['--lr', '1'] True" in done.stdout
     assert "--backend" in command("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"question": "x" * 40, "answer": "y"}, "line 1 has 42 tokens, and --seq-length 32"),
+        ({"question": "x", "answer": "\x00\xff"}, ""),
+        ({"text": "x"}, "line 1 is no JSON object"),
+    ],
+)
+def test_other_data_that_cannot_be_used_is_refused_before_the_first_step(
+    line: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text((json.dumps(line) + "\n") * 8)
+    flags = f"--critical-sharpness-eval-data other={path}"
+    result = run(tmp_path / "run", flags, every=2)
+    if not reason:
+        result.expect_success()
+        return
+    assert result.returncode != 0 and not result.training_lines
+    assert f"--critical-sharpness-eval-data other={path}: {reason}" in result.output
