@@ -102,6 +102,8 @@ class MeasuredTrainStep:
             self._measure(iteration, observed, schedule, call.arguments["config"])
         elif observed.happened:
             observed.undo()
+        if self._frozen is not None:
+            schedule.restore_buffers()
         return result
 
     @property

@@ -64,6 +64,12 @@ class RecordingSchedule:
             for chunk, training in zip(self.model, modes, strict=True):
                 chunk.train(training)
 
+    def restore_buffers(self) -> None:
+        """What the step has changed in the model's buffers (expert bias, say) taken back."""
+        for state in self._before:
+            if isinstance(state, Buffers):
+                state.restore()
+
     def replay(self, microbatches: int | None = None) -> Any:
         """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights.
 

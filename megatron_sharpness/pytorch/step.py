@@ -75,9 +75,11 @@ class ObservedStep:
             evaluate: the step's own micro-batches through the model.
             others: other data through it, by name; in evaluation mode.
             eval_mode: whether ``evaluate`` is called in evaluation mode, too.
-            frozen: end at θ_t and not at θ_{t+1}.
+            frozen: end at θ_t and not at θ_{t+1}, with the buffers from before the step.
         """
         states, buffers = RandomStates(), Buffers([self._model])
+        if frozen and self._passes.buffers is not None:
+            buffers = self._passes.buffers
         training = [(module, module.training) for module in self._model.modules()]
         lines = ModelOnLines(self._model, self._optimizers)
         moved = frozen
@@ -191,12 +193,13 @@ class RecordedPasses:
 
     Attributes:
         states: of each pass, in order.
+        buffers: None before the first pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.states: list[RandomStates] = []
-        self._buffers: Buffers | None = None
+        self.buffers: Buffers | None = None
         self._handle = model.register_forward_pre_hook(self._record)
 
     def release(self) -> None:
@@ -206,10 +209,10 @@ class RecordedPasses:
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
         """Within it the passes draw what they have drawn in training."""
-        if self._buffers is None:
+        if self.buffers is None:
             # The loop calls the model in another way than through the module that was given.
-            self.states, self._buffers = [RandomStates()], Buffers([self._model])
-        self._buffers.restore()
+            self.states, self.buffers = [RandomStates()], Buffers([self._model])
+        self.buffers.restore()
         self.states[0].restore()
         torch.clear_autocast_cache()  # it may hold casts of other weights
         states = iter(self.states)
@@ -228,8 +231,8 @@ class RecordedPasses:
     def _record(self, *_: Any) -> None:
         if not torch.is_grad_enabled():  # an evaluation between the steps
             return
-        if self._buffers is None:
-            self._buffers = Buffers([self._model])
+        if self.buffers is None:
+            self.buffers = Buffers([self._model])
         self.states.append(RandomStates())
 
 

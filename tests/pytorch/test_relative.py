@@ -127,11 +127,11 @@ def test_a_loss_that_fails_costs_its_measurement_and_not_the_step() -> None:
 
 def test_frozen_training_moves_the_moments_and_nothing_else() -> None:
     loop = with_losses(frozen=2)
-    start = [parameter.detach().clone() for parameter in loop.model.parameters()]
+    start = [value.clone() for value in loop.model.state_dict().values()]  # with the buffers
     moments = []
     for step in range(1, 7):
         loop.step(step)
-        assert same([p.detach() for p in loop.model.parameters()], start)
+        assert same(list(loop.model.state_dict().values()), start)
         moments.append(next(iter(loop.optimizer.state.values()))["exp_avg"].clone())
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(moments))
     # Steps 1 and 2 are for the moments; of the others, the even ones are due.
