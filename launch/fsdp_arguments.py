@@ -16,6 +16,7 @@ from fsdp_gpt import GPTConfig
 from megatron_sharpness import arguments
 from megatron_sharpness.data import VOCAB_SIZE
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.relative import adaptive
 
 DESCRIPTION = "Pretrain a plain GPT, or any Hugging Face causal language model, with FSDP2."
 
@@ -111,7 +112,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--finetune", action="store_true", help="of --load take the weights alone, and begin anew"
     )
 
-    arguments.add_arguments(parser)
+    adaptive.add_arguments(arguments.add_arguments(parser))
     args = parser.parse_args(argv)
     if "RANK" not in os.environ:
         raise InputError(
@@ -176,6 +177,9 @@ def check(args: argparse.Namespace) -> None:
         )  # fmt: skip
     arguments.settings_of(args)
     args.evaluation_data = arguments.check_evaluation(args, args.micro_batch_size * args.world_size)
+    if args.adaptive_mix:
+        parts = fsdp_data.components(args) if args.data_path else []
+        args.mix_controller = adaptive.controller_of(args, [weight for _, weight in parts])
     arguments.check_log_is_writable(args, writer=0)
 
 

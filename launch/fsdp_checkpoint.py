@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.relative.adaptive import AdaptiveMix
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -32,6 +33,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: Optimizer,
     sharpness: CriticalSharpness | None,
+    mix: AdaptiveMix | None,
     iteration: int,
     consumed: int,
 ) -> None:
@@ -46,6 +48,7 @@ def save_checkpoint(
             "consumed_samples": consumed,
             "world_size": args.world_size,
             "critical_sharpness": sharpness.state_dict() if sharpness else None,
+            "adaptive_mix": mix.state_dict() if mix else None,
         }
         (folder / "progress.json").write_text(json.dumps(progress))
         tracker = Path(args.save) / TRACKER

@@ -19,6 +19,7 @@ import numpy.typing as npt
 # Shared with `megatron-sharpness tokenize`.
 from megatron_sharpness.data import END_OF_DOCUMENT, PYTHON_DOMAINS, documents_of
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.relative.mixture import Mixture
 
 Tokens = npt.NDArray[Any]
 Tokenize = Callable[[bytes], Tokens]
@@ -143,7 +144,6 @@ def read_samples(args: argparse.Namespace, tokenize: Tokenize) -> Samples | Blen
     parts = [
         (Samples(*_indexed(prefix), args.seq_length, args.seed), weight)
         for prefix, weight in components(args)
-        if weight
     ]
     return parts[0][0] if len(parts) == 1 else Blend(parts, args.seed)
 
@@ -280,22 +280,9 @@ class Blend:
     def __init__(self, parts: Sequence[tuple[Samples, float]], seed: int) -> None:
         self.parts = [samples for samples, _ in parts]
         self.count = sum(samples.count for samples in self.parts)
-        self._limits = np.cumsum([weight for _, weight in parts])[:-1]
-        self._generator = np.random.default_rng((seed, len(parts)))
-        self._kinds = np.empty(0, dtype=np.int64)
-        self._numbers = np.empty(0, dtype=np.int64)
+        self.mixture = Mixture([weight for _, weight in parts], seed)
 
     def __getitem__(self, number: int) -> Tokens:
         """Sample ``number`` of the run, counted from 0; shape [length + 1], int64."""
-        while number >= len(self._kinds):
-            self._draw(max(1024, len(self._kinds)))
-        return self.parts[int(self._kinds[number])][int(self._numbers[number])]
-
-    def _draw(self, count: int) -> None:
-        """``count`` more; what was drawn does not depend on how many at a time."""
-        more = np.searchsorted(self._limits, self._generator.random(count), side="right")
-        self._kinds = np.concatenate([self._kinds, more])
-        self._numbers = np.empty_like(self._kinds)
-        for kind in range(len(self.parts)):
-            drawn = self._kinds == kind
-            self._numbers[drawn] = np.arange(int(drawn.sum()))
+        component, own_number = self.mixture[number]
+        return self.parts[component][own_number]

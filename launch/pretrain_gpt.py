@@ -8,6 +8,7 @@ from core_v0.16.1 on. It takes Megatron's arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import arguments, get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_sharpness.relative.adaptive import add_arguments
 
 # Megatron's own pretrain_gpt.py knows these; here they would be ignored, so they are refused.
 NOT_HERE = ("check_for_spiky_loss", "fim_data", "mtp_num_layers", "reset_attention_mask", "sft")
@@ -153,7 +156,20 @@ def build_datasets(samples: list[int | None], vp_stage: int | None = None) -> An
         return bool(first and is_first_or_last_pipeline_stage(vp_stage))
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(dataset, samples, is_built_on_rank, config).build()
+
+    def build(sizes: list[int | None], config: GPTDatasetConfig) -> Any:
+        return BlendedMegatronDatasetBuilder(dataset, sizes, is_built_on_rank, config).build()
+
+    training, *others = build(samples, config)
+    if args.adaptive_mix:
+        from megatron_sharpness.megatron.adaptive_mix import adaptive_blend
+
+        def component(prefix: str) -> Any:
+            return build([samples[0], 0, 0], replace(config, blend=([prefix], None)))[0]
+
+        prefixes, weights = blend or ([], None)
+        training = adaptive_blend(prefixes, weights or [], component)
+    return training, *others
 
 
 build_datasets.is_distributed = True  # type: ignore[attr-defined]  # built on every rank
@@ -170,9 +186,10 @@ def main() -> None:
     if hasattr(arguments, "parse_and_validate_args"):  # from 0.18 on scripts parse the arguments
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        pretrain(pretrain_cfg_container_from_args(arguments.parse_and_validate_args()), **parts)
+        args = arguments.parse_and_validate_args(add_arguments)
+        pretrain(pretrain_cfg_container_from_args(args), **parts)
     else:
-        pretrain(**parts)
+        pretrain(**parts, extra_args_provider=add_arguments)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_sharpness import arguments, evaluation
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.relative.adaptive import AdaptiveMix
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink
 
 #: A target that does not count, for ``cross_entropy``.
@@ -278,6 +279,9 @@ def train(
     sharpness = build_sharpness(args, model, optimizer, losses, writer)
     if sharpness is not None and progress["critical_sharpness"] is not None:
         sharpness.load_state_dict(progress["critical_sharpness"])
+    mix = build_mix(args, samples, writer)
+    if mix is not None and progress.get("adaptive_mix") is not None:
+        mix.load_state_dict(progress["adaptive_mix"])
     consumed = progress["consumed_samples"]
     iteration = progress["iteration"]
     tokens_per_step = args.global_batch_size * args.seq_length
@@ -311,7 +315,11 @@ def train(
                 losses, counts = zip(*(loss_sum(model, tokens) for tokens in batches), strict=True)  # noqa: B023
                 return torch.stack(losses).double().sum(), sum(counts)
 
-            sharpness.after_step(iteration, evaluate, grad_norm=norm, consumed_samples=consumed)
+            record = sharpness.after_step(
+                iteration, evaluate, grad_norm=norm, consumed_samples=consumed
+            )
+            if mix is not None and record is not None:
+                mix.observe(sharpness.records, consumed)
         log.add(
             iteration,
             consumed,
@@ -319,7 +327,7 @@ def train(
         )
         last = iteration == args.train_iters
         if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
-            save_checkpoint(args, model, optimizer, sharpness, iteration, consumed)
+            save_checkpoint(args, model, optimizer, sharpness, mix, iteration, consumed)
     if writer is not None:
         writer.close()
 
@@ -350,6 +358,15 @@ def build_sharpness(
         frozen=args.critical_sharpness_frozen,
         **settings,
     )
+
+
+def build_mix(args: argparse.Namespace, samples: Samples, writer: Any) -> AdaptiveMix | None:
+    """What adjusts the mix of the data, or None where it is off."""
+    if not args.adaptive_mix:
+        return None
+    assert isinstance(samples, fsdp_data.Blend)
+    sinks = [TensorBoardSink(writer)] if writer else []
+    return AdaptiveMix(args.mix_controller, samples.mixture, sinks, lambda line: say(args, line))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

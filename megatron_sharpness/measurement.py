@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 #: How a measurement ended. The first seven are endings of the line search.
 Status = Literal[
@@ -52,6 +52,16 @@ TRAIN = "train"
 
 #: Those that a loss on other data has too, under ``"<tag>/<its name>"``.
 RELATIVE_TAGS = ("critical-sharpness", "critical-learning-rate", "learning-rate-over-critical")
+
+
+class Scalars(Protocol):
+    """What a logger of curves draws: a :class:`Measurement`, or what else belongs beside it."""
+
+    @property
+    def iteration(self) -> int: ...
+    @property
+    def consumed_samples(self) -> int | None: ...
+    def scalars(self) -> dict[str, float]: ...
 
 
 @dataclasses.dataclass(frozen=True)

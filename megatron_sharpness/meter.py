@@ -230,8 +230,10 @@ class Meter:
         Raises:
             ProbeError: a measurement failed and ``settings.on_error`` is ``raise``.
         """
+        if not (names := list(names)):
+            return {}
         step = replace(step, slope=None, started=time.perf_counter())
-        outcomes = self._outcomes(step, list(names), losses_at)
+        outcomes = self._outcomes(step, names, losses_at)
         return {name: self._record(step, name, outcome) for name, outcome in outcomes.items()}
 
     def _record(self, step: Step, batch: str, outcome: dict[str, Any]) -> Measurement:

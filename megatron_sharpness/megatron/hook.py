@@ -39,6 +39,7 @@ from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
 from megatron_sharpness.meter import Meter, Settings, Sink
+from megatron_sharpness.relative.adaptive import AdaptiveMix
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.
@@ -51,8 +52,8 @@ NEEDED = (
     (StragglerDetector, "_instance"),
 )
 
-#: Attribute of Megatron's arguments, which every checkpoint holds, that carries the meter's state.
-STATE = "critical_sharpness_state"
+#: Attributes of Megatron's arguments, which every checkpoint holds: the states of meter and mix.
+STATE, MIX_STATE = "critical_sharpness_state", "critical_sharpness_mix"
 
 
 class MeasuredTrainStep:
@@ -83,6 +84,8 @@ class MeasuredTrainStep:
         self._sources = sources
         self._others: list[EvaluationSet] | None = None
         self._meter: Meter | None = None
+        #: A mix of data that follows the measurements, where the script has one.
+        self.mix: AdaptiveMix | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         iteration = get_args().curr_iteration + 1
@@ -128,20 +131,23 @@ class MeasuredTrainStep:
             (args, "check_for_spiky_loss", False),
             (global_vars, "_GLOBAL_TIMERS", Timers(0, "minmax")),
         ]
+        # Megatron counts this step's samples once it is over.
+        consumed = args.consumed_train_samples + get_current_running_global_batch_size()
         with _off_the_clock(), quiet(schedule.model, config, self._mode, switches):
-            observed.measure(
+            records = observed.measure(
                 self.meter,
                 schedule,
                 iteration=iteration,
-                # Megatron counts this step's samples once it is over.
-                consumed_samples=args.consumed_train_samples
-                + get_current_running_global_batch_size(),
+                consumed_samples=consumed,
                 trained=self._mode == "train",
                 microbatches=self._microbatches,
                 others=self._others or (),
                 frozen=self._frozen is not None,
             )
         setattr(args, STATE, self.meter.state_dict())
+        if self.mix is not None:
+            self.mix.observe(records, consumed)
+            setattr(args, MIX_STATE, self.mix.state_dict())
 
 
 @contextlib.contextmanager
@@ -210,7 +216,8 @@ def attach(args: Any) -> None:
 
     @functools.wraps(check_args)
     def check_args_and_take_state(checkpoint_args: Any, *rest: Any, **kwargs: Any) -> Any:
-        setattr(args, STATE, getattr(checkpoint_args, STATE, {}))
+        for state in (STATE, MIX_STATE):
+            setattr(args, state, getattr(checkpoint_args, state, {}))
         return check_args(checkpoint_args, *rest, **kwargs)
 
     checkpointing.check_checkpoint_args = check_args_and_take_state

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sharpness.evaluation import EvaluationSet
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.measurement import TRAIN, Measurement
 from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, reduce_losses
 from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.meter import Meter, Step
@@ -76,7 +76,7 @@ class ObservedStep:
         microbatches: int = 0,
         others: Sequence[EvaluationSet] = (),
         frozen: bool = False,
-    ) -> Measurement:
+    ) -> dict[str, Measurement]:
         """Measure the step, and leave the model at θ_{t+1}. Collective.
 
         Args:
@@ -88,6 +88,9 @@ class ObservedStep:
             microbatches: on how many of the step's micro-batches the search is located; 0 is all.
             others: other data, whose losses are searched along the same update.
             frozen: leave the model at θ_t, and the optimizer's main parameters.
+
+        Returns:
+            The records by name of the data, ``train`` being the step's own batch.
         """
         step = self._agree(iteration, consumed_samples, schedule, trained)
         if frozen and step.failed is not None:
@@ -108,9 +111,7 @@ class ObservedStep:
                 lambda eta: self._probe(eta / step.lr, [schedule.replay])[0][0],
                 change_at if 0 < microbatches < schedule.microbatches else None,
             )
-            if others:
-                meter.measure_others(step, sets, losses_at)
-            return record
+            return {TRAIN: record, **meter.measure_others(step, sets, losses_at)}
         finally:
             self.line.restore(frozen=frozen)
 

@@ -22,8 +22,8 @@ class MixController:
         r ← clip(r + clip(gain · mean ln(λ_gains/λ_loses), −rate, rate), lower, upper).
 
     It is a rule of thumb: what the paper (arXiv 2601.16979, Section 5) finds by a sweep before a
-    run is followed during the run. The sharpness of a loss that rises at once is ∞, which counts
-    as a step of ``rate``, and as none where both do.
+    run is followed during the run. The sharpness of a loss that rises at once is ∞, and of one that
+    never rises 0: a factor beyond all bounds counts as a step of ``rate``.
 
     Attributes:
         share: r, the part of the data in [0, 1], to begin with and now.
@@ -94,6 +94,6 @@ class MixController:
     def _wish(self, gains: float, loses: float) -> float:
         if gains == loses:
             return 0.0
-        if math.inf in (gains, loses):
-            return self.rate if gains == math.inf else -self.rate
+        if {gains, loses} & {0.0, math.inf}:
+            return math.copysign(self.rate, gains - loses)
         return self.gain * math.log(gains / loses)

@@ -28,15 +28,11 @@ import numpy as np
 from megatron_sharpness import evaluation
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import TRAIN
+from megatron_sharpness.relative.mixture import weights_at
 from megatron_sharpness.relative.recommendation import Recommendation, recommend
+from megatron_sharpness.relative.values import relative_sharpness
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-#: λ_c of a measurement that ended so without a number: the loss rises at once, as far as its noise
-#: lets one tell, or never.
-ENDINGS = {
-    "not_descent": math.inf, "no_lower": math.inf, "noise_limited": math.inf, "no_upper": 0.0
-}  # fmt: skip
 
 #: By share, λ_c of each task, a number for each batch.
 Values = dict[float, dict[str, list[float]]]
@@ -136,8 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
 def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counter[str]]]:
     """λ_c of every task by share, and how the measurements ended.
 
-    A batch counts where all of its tasks have a value: a number, or ∞ and 0 as :data:`ENDINGS` has
-    them.
+    A batch counts where all of its tasks have a value: a number, or ∞ and 0 as
+    :func:`~megatron_sharpness.relative.values.relative_sharpness` has them.
 
     Raises:
         InputError: nothing was measured at a share.
@@ -152,18 +148,16 @@ def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counte
             if record["batch"] == TRAIN:
                 continue
             endings[share][record["status"]] += 1
-            found = record["critical_sharpness"]
-            value = ENDINGS.get(record["status"]) if found is None else found
-            batches.setdefault(record["iteration"], {})[record["batch"]] = value
+            batches.setdefault(record["iteration"], {})[record["batch"]] = relative_sharpness(
+                record["status"], record["critical_sharpness"]
+            )
         whole = [batch for batch in batches.values() if None not in batch.values()]
         if not whole:
             raise InputError(
                 f"share {share:g}: no batch has a value for every task; "
                 f"{_records(out, share)} says why: {dict(endings[share])}"
             )
-        values[share] = {
-            task: [float(batch[task] or 0.0) for batch in whole] for task in whole[0]
-        }
+        values[share] = {task: [float(batch[task] or 0.0) for batch in whole] for task in whole[0]}
     return values, endings
 
 
@@ -228,9 +222,9 @@ def format_advice(advice: Recommendation, name: str) -> str:
 
 def mixture(vary: str, share: float, fixed: Sequence[tuple[float, str]]) -> list[str]:
     """``--data-path`` of a share: WEIGHT PREFIX …, without what has none."""
-    total = sum(weight for weight, _ in fixed)
-    parts = [(share, vary), *(((1 - share) * weight / total, prefix) for weight, prefix in fixed)]
-    parts = [(weight, prefix) for weight, prefix in parts if weight > 0]
+    weights = weights_at(share, [weight for weight, _ in fixed])
+    prefixes = [vary, *(prefix for _, prefix in fixed)]
+    parts = [(w, prefix) for w, prefix in zip(weights, prefixes, strict=True) if w > 0]
     if len(parts) == 1:
         return [parts[0][1]]
     return [text for weight, prefix in parts for text in (f"{weight:.10g}", prefix)]

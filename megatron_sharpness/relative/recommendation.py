@@ -77,9 +77,7 @@ def recommend(sweep: Sweep, *, seed: int = 0) -> Recommendation:
     votes = dict.fromkeys(shares, 0.0)
     rates, crossings = [], []
     for _ in range(DRAWS):
-        drawn = _medians(
-            [v[:, generator.integers(v.shape[1], size=v.shape[1])] for v in measured]
-        )
+        drawn = _medians([v[:, generator.integers(v.shape[1], size=v.shape[1])] for v in measured])
         worst = drawn.max(axis=1)
         votes[shares[int(np.argmin(worst))]] += 1 / DRAWS
         rates.append(_rate(float(worst[best])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.measurement import Scalars
 
 
 class TensorBoardSink:
@@ -18,7 +18,7 @@ class TensorBoardSink:
     def __init__(self, writer: Any) -> None:
         self.writer = writer
 
-    def write(self, measurement: Measurement) -> None:
+    def write(self, measurement: Scalars) -> None:
         for tag, value in measurement.scalars().items():
             self.writer.add_scalar(tag, value, measurement.iteration)
             if measurement.consumed_samples is not None:

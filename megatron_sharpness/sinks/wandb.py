@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.measurement import Scalars
 
 
 class WandbSink:
@@ -17,5 +17,5 @@ class WandbSink:
     def __init__(self, run: Any) -> None:
         self.run = run
 
-    def write(self, measurement: Measurement) -> None:
+    def write(self, measurement: Scalars) -> None:
         self.run.log(measurement.scalars(), measurement.iteration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sharpness.data import write_dataset
+from megatron_sharpness.data import python_code, python_prose, write_dataset
 from megatron_sharpness.errors import InputError
 from tests.megatron.harness import other_data
 from tests.processes import ROOT, free_port, start_ranks
@@ -157,6 +158,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         "on, resumed off": RUN,
         "plain": f"{PLAIN} {EVERY} 2",
     }
+    if importlib.util.find_spec("megatron"):
+        for name, documents in (("prose", python_prose()), ("code", python_code())):
+            write_dataset(folder / name, [next(documents)[:20000] for _ in range(3)])
+        mix = f"{PLAIN.replace(TEXT, '')} --data-path 1 {folder}/prose 3 {folder}/code"
+        mix += f" --critical-sharpness-eval-data prose={folder}/prose code={folder}/code {EVERY} 1"
+        mix += " --adaptive-mix prose code --adaptive-mix-every 3 --save-interval 3"
+        flags |= {"mix": mix, "mix, resumed": mix}
     if TRANSFORMERS is not None:
         flags |= {"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"}
     cases = []
@@ -238,6 +246,25 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         assert rest.all_records == whole.all_records[2:]  # the warm starts of both searches too
     elif resumed == "off, resumed on":  # its search starts cold
         assert [record["status"] for record in rest.records] == ["found"] * 2
+
+
+def test_a_mix_follows_the_measurements_also_when_resumed(runs: Callable[[str], Run]) -> None:
+    pytest.importorskip("megatron.core", reason="needs megatron-core")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    whole, rest = runs("mix"), runs("mix, resumed")
+    adjusted = r"data mix after iteration +4 .* 0.2500 -> (\S+) \|"  # at 1 the rate is 0
+    (share,) = map(float, re.findall(adjusted, whole.output))
+    assert share != 0.25
+    # Two of the three measurements lie before the checkpoint.
+    assert rest.training_lines == whole.training_lines[3:]
+    assert rest.all_records == whole.all_records[9:]
+    assert re.findall(adjusted, rest.output) == [f"{share:.4f}"]
+    events = event_accumulator.EventAccumulator(str(whole.folder / "tensorboard"))
+    events.Reload()
+    curve = [event.value for event in events.Scalars("data-mix-share")]
+    assert curve == pytest.approx([0.25] * 4 + [share] * 2, abs=1e-4)
 
 
 def test_the_number_of_processes_does_not_change_the_training(
@@ -508,7 +535,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(
     args = parse(monkeypatch, f"{RUN} --save {tmp_path} --load {tmp_path}")
     model: Any = None
     with pytest.raises(OSError, match="No space left"):
-        fsdp_checkpoint.save_checkpoint(args, model, model, None, iteration=6, consumed=48)
+        fsdp_checkpoint.save_checkpoint(args, model, model, None, None, iteration=6, consumed=48)
     assert (tmp_path / "iter_0000006").exists()
     assert fsdp_checkpoint.latest_checkpoint("--load", str(tmp_path)) == tmp_path / "iter_0000003"
 

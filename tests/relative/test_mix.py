@@ -138,7 +138,7 @@ def test_a_command_that_saves_or_has_data_is_refused(
         assert f"{flag} in the training command" in capsys.readouterr().err
 
 
-def test_the_fixed_components_keep_their_proportions() -> None:
+def test_a_share_is_a_data_path() -> None:
     fixed = [(3.0, "b"), (1.0, "c")]
     assert mix.mixture("a", 0.2, fixed) == ["0.2", "a", "0.6", "b", "0.2", "c"]
     assert mix.mixture("a", 0.0, fixed) == ["0.75", "b", "0.25", "c"]

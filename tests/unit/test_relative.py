@@ -124,8 +124,11 @@ def test_bounds_and_rate_hold() -> None:
     mix.observe({"prose": 1.0, "code": math.inf}), mix.observe({"prose": 1.0, "code": math.inf})
     assert mix.share == pytest.approx(0.87)
     mix.observe({"prose": math.inf, "code": math.inf})
-    mix.observe({"prose": math.inf, "code": math.inf})
+    mix.observe({"prose": 0.0, "code": 0.0})
     assert mix.share == pytest.approx(0.87)
+    mix.observe({"prose": 0.0, "code": 1.0})  # the loss of prose never rises
+    mix.observe({"prose": 0.0, "code": 1.0})
+    assert mix.share == pytest.approx(0.82)
 
 
 def test_it_resumes_where_it_was() -> None:
