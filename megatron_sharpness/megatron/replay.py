@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,24 +43,34 @@ class RecordingSchedule:
         """How many micro-batches the step has on a rank."""
         return int(self._kwargs["num_microbatches"])
 
-    def evaluate(self, samples: EvaluationSet) -> Any:
-        """The same of other data, in evaluation mode; each data-parallel rank takes its part."""
+    def micro_batches(self, samples: EvaluationSet) -> MicroBatches:
+        """This rank's part of other data, laid out as the micro-batches of training are.
+
+        Raises:
+            RuntimeError: this script's micro-batches hold what is not known here.
+        """
         rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         size = self._kwargs["micro_batch_size"]
         count = len(samples.tokens) // (ranks * size)
         first = rank * count * size
+        starts = range(first, first + count * size, size)
 
-        def batches(tee: _Tee) -> Iterator[Any]:
-            for start in range(first, first + count * size, size):
-                yield _batch_like(tee.seen[0], samples, slice(start, start + size))
+        def batches(tee: _Tee) -> tuple[Any, ...]:
+            seen = tee.seen[0]
+            return tuple(_batch_like(seen, samples, slice(at, at + size)) for at in starts)
 
+        return MicroBatches(_map_iterators(self._batches, batches), count)
+
+    def evaluate(self, batches: MicroBatches) -> Any:
+        """The same of other data, in evaluation mode."""
         for state in self._before:
             state.restore()
         modes = [chunk.training for chunk in self.model]
         for chunk in self.model:
             chunk.eval()
         try:
-            return self._forward(_map_iterators(self._batches, batches), count)
+            iterators = _map_iterators(batches.held, lambda held: iter(map(_shallow, held)))
+            return self._forward(iterators, batches.count)
         finally:
             for chunk, training in zip(self.model, modes, strict=True):
                 chunk.train(training)
@@ -89,6 +100,20 @@ class RecordingSchedule:
         }
         with torch.no_grad():  # forward_only alone does not disable gradients
             return self.schedule(**{**self._kwargs, **changed})
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """What a rank puts into the model, in place of its data iterators.
+
+    Attributes:
+        held: micro-batches where the schedule has an iterator, a list of them by model chunk, or
+            None on a rank that reads no data.
+        count: how many micro-batches.
+    """
+
+    held: Any
+    count: int
 
 
 class _Tee:

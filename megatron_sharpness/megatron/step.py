@@ -15,9 +15,14 @@ import torch.distributed as dist
 
 from megatron_sharpness.evaluation import EvaluationSet
 from megatron_sharpness.measurement import TRAIN, Measurement
-from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, reduce_losses
+from megatron_sharpness.megatron.replay import (
+    MicroBatches,
+    RecordingSchedule,
+    current_device,
+    reduce_losses,
+)
 from megatron_sharpness.megatron.shards import MegatronLine
-from megatron_sharpness.meter import Meter, Step
+from megatron_sharpness.meter import Meter, ProbeError, Step
 from megatron_sharpness.replay import all_max, first_error
 
 
@@ -100,18 +105,22 @@ class ObservedStep:
             start, _ = reduce_losses(schedule.losses[:microbatches], None)
             return self._probe(eta / step.lr, [lambda: schedule.replay(microbatches)])[0][0] - start
 
+        batches: dict[str, MicroBatches] = {}
+
         def losses_at(eta: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
-            passes = [partial(schedule.evaluate, sets[name]) for name in names]
+            if not batches:
+                batches.update(_made_ready(schedule, others))
+            passes = [partial(schedule.evaluate, batches[name]) for name in names]
             return dict(zip(names, self._probe(eta / step.lr, passes), strict=True))
 
-        sets = {samples.name: samples for samples in others}
         try:
             record = meter.measure(
                 step,
                 lambda eta: self._probe(eta / step.lr, [schedule.replay])[0][0],
                 change_at if 0 < microbatches < schedule.microbatches else None,
             )
-            return {TRAIN: record, **meter.measure_others(step, sets, losses_at)}
+            names = [samples.name for samples in others]
+            return {TRAIN: record, **meter.measure_others(step, names, losses_at)}
         finally:
             self.line.restore(frozen=frozen)
 
@@ -211,3 +220,23 @@ class ObservedStep:
             self.line.finish()
             found.append(reduce_losses(losses, error))
         return found
+
+
+def _made_ready(
+    schedule: RecordingSchedule, others: Sequence[EvaluationSet]
+) -> dict[str, MicroBatches]:
+    """Other data as micro-batches. Collective.
+
+    Raises:
+        ProbeError: it cannot be made on some rank. Inside of the forward pass the other ranks would
+            wait for that one.
+    """
+    made: dict[str, MicroBatches] = {}
+    error: Exception | None = None
+    try:
+        made = {samples.name: schedule.micro_batches(samples) for samples in others}
+    except Exception as caught:
+        error = caught
+    if all_max(torch.tensor([error is not None]).double(), current_device()).item():
+        raise ProbeError(first_error(error))
+    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,7 @@ def draw(
     path: Path,
     name: str,
 ) -> None:
-    """Draw medians, the middle 68 % shaded, the crossing and the recommended share, as a PNG.
-
-    A value of ∞, of a loss that rises at once, is drawn at the upper end, as a triangle.
+    """:func:`draw_sweep` as a PNG.
 
     Raises:
         InputError: matplotlib is missing.
@@ -33,40 +32,58 @@ def draw(
         raise InputError(
             f"{path}: a figure needs matplotlib ({error}); pip install matplotlib"
         ) from error
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 5.5), dpi=160, layout="constrained")
+        draw_sweep(figure.subplots(), values, advice, name)
+        figure.savefig(path)
+
+
+def draw_sweep(
+    axes: Any,
+    values: Mapping[float, Mapping[str, Sequence[float]]],
+    advice: Recommendation,
+    name: str,
+) -> None:
+    """Medians, the middle 68 % shaded, the crossing and the recommended share.
+
+    A value of ∞, of a loss that rises at once, is drawn at the upper end, as a triangle.
+
+    Args:
+        axes: matplotlib's.
+        values: λ_c^{1→2} by share and task, a number for each batch.
+        advice: what follows from them.
+        name: of the data whose share varies.
+    """
     shares = list(values)
-    tasks = list(values[shares[0]])
     finite = [
         x for tasks_of in values.values() for v in tasks_of.values() for x in v if 0 < x < math.inf
     ]
     cap = 2.0 * max(finite, default=1.0)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 5.5), dpi=160, layout="constrained")
-        axes = figure.subplots()
-        for task, color in zip(tasks, RUN_COLORS * len(tasks), strict=False):
-            quantiles = np.array(
-                [
-                    np.quantile(values[share][task], [0.16, 0.5, 0.84], method="higher")
-                    for share in shares
-                ]
-            )
-            low, median, high = np.clip(quantiles, min(finite, default=1.0) / 2, cap).T
-            axes.fill_between(shares, low, high, color=color, alpha=0.18, linewidth=0)
-            axes.plot(shares, median, color=color, marker="o", label=task)
-            capped = quantiles[:, 1] == math.inf
-            axes.plot(np.array(shares)[capped], median[capped], "^", color=color, markersize=9)
-        if advice.crossing is not None:
-            axes.axvline(advice.crossing, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
-            axes.annotate(
-                f"cross at {advice.crossing:.2f}", (advice.crossing, 0.02), color=MUTED,
-                xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
-            )  # fmt: skip
-        if 0 < advice.critical_sharpness < math.inf:
-            axes.plot(
-                advice.share, advice.critical_sharpness, "*", color=INK, markersize=14, zorder=5,
-                label=rf"recommended: r = {advice.share:g}, $\eta \leq$ {advice.lr:.2g}",
-            )  # fmt: skip
-        axes.set_yscale("log")
-        axes.set_xlabel(f"share of {name}, r")
-        axes.set_title(r"$\lambda_c^{1\to 2}$ of each task: the higher, the sooner it rises")
-        axes.legend(frameon=False)
-        figure.savefig(path)
+    tasks = list(values[shares[0]])
+    for task, color in zip(tasks, RUN_COLORS * len(tasks), strict=False):
+        quantiles = np.array(
+            [
+                np.quantile(values[share][task], [0.16, 0.5, 0.84], method="higher")
+                for share in shares
+            ]
+        )
+        low, median, high = np.clip(quantiles, min(finite, default=1.0) / 2, cap).T
+        axes.fill_between(shares, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(shares, median, color=color, marker="o", label=task)
+        capped = quantiles[:, 1] == math.inf
+        axes.plot(np.array(shares)[capped], median[capped], "^", color=color, markersize=9)
+    if advice.crossing is not None:
+        axes.axvline(advice.crossing, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.annotate(
+            f"cross at {advice.crossing:.2f}", (advice.crossing, 0.02), color=MUTED,
+            xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+        )  # fmt: skip
+    if 0 < advice.critical_sharpness < math.inf:
+        axes.plot(
+            advice.share, advice.critical_sharpness, "*", color=INK, markersize=14, zorder=5,
+            label=rf"recommended: r = {advice.share:g}, $\eta \leq$ {advice.lr:.2g}",
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel(f"share of {name}, r")
+    axes.set_title(r"$\lambda_c^{1\to 2}$ of each task: the higher, the sooner it rises")
+    axes.legend(frameon=False)

@@ -43,7 +43,7 @@ def _once(fault: Callable[[], None], owner: type, name: str, *, after: bool = Fa
 
 #: Which call of a method is hit where it is not the second: one snapshot is taken a measurement,
 #: and the training step has called two layers twice.
-CALL = {"begin": 1, "forward": 6}
+CALL = {"begin": 1, "forward": 6, "micro_batches": 1}
 
 
 def _raise(error: Exception) -> Callable[[], None]:
@@ -60,9 +60,9 @@ def exception_on_last_rank() -> None:
 
 
 def exception_in_evaluation_on_last_rank() -> None:
-    """Before the forward pass over other data."""
+    """While other data is made ready for the model, which may wait for other ranks then."""
     if RANK == LAST:
-        _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "evaluate")
+        _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "micro_batches")
 
 
 def exception_in_forward_on_last_rank() -> None:

@@ -83,8 +83,9 @@ class Reference:
     directional_sharpness: float
 
 
-def measure(batch: dict[str, Tensor], other: dict[str, Tensor]) -> Reference:
+def measure(batch: dict[str, Tensor], other: dict[str, Tensor] | None = None) -> Reference:
     """The first AdamW step on ``batch`` and the exact numbers along its update, on both."""
+    other = batch if other is None else other
     weights = {name: value.requires_grad_() for name, value in parameters().items()}
     start = loss(weights, batch)
     gradients = dict(

@@ -75,10 +75,11 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
     assert [r["iteration"] for r in measured.records] == [2, 4, 6]
     assert statuses == STATUSES.get(layout, ["found"] * 3)
     assert "differs from the training loss" not in measured.output
-    # Other data can rise at once: an expected answer.
+    # Other data can rise at once, or nearly so for 16 bits: expected answers.
     for own, other in zip(statuses, measured.relative_records, strict=True):
         assert other["batch"] == "sums"
-        assert other["status"] in (("found", "not_descent") if own == "found" else (own,))
+        answers = ("found", "not_descent", "noise_limited") if own == "found" else (own,)
+        assert other["status"] in answers
 
 
 @pytest.mark.parametrize(

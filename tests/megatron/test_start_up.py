@@ -90,7 +90,7 @@ REFUSED = {
         "--critical-sharpness-eval-samples 7", "2 at a time", "give a multiple",
     ],
     f"{EVERY} 10 --critical-sharpness-frozen -1": ["--critical-sharpness-frozen -1", "0 or more"],
-    "--critical-sharpness-frozen 2 --save /tmp/none": [
+    "--critical-sharpness-frozen 2 --save /tmp/none --save-interval 2": [
         "--critical-sharpness-frozen 2", "leave out --save",
     ],
     f"{EVERY} 10 --critical-sharpness-log /proc/none/log.jsonl": [
