@@ -85,11 +85,14 @@ def train(
 
 
 def in_parallel(
-    function: Callable[..., list[Row]], runs: dict[str, tuple[Any, ...]]
+    function: Callable[..., list[Row]],
+    runs: dict[str, tuple[Any, ...]],
+    processes: int | None = None,
 ) -> dict[str, list[Row]]:
-    """``function`` of each run's arguments, by name, in as many processes as there are cores."""
+    """``function`` of each run's arguments, by name, in so many processes, or one a core."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,)) as pool:
+    processes = processes or os.cpu_count()
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
         started = {name: pool.submit(function, *arguments) for name, arguments in runs.items()}
         done = {}
         for name, future in started.items():

@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sharpness import arguments, evaluation
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.frozen import FrozenRun
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.relative.adaptive import AdaptiveMix
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink
@@ -285,6 +286,10 @@ def train(
     consumed = progress["consumed_samples"]
     iteration = progress["iteration"]
     tokens_per_step = args.global_batch_size * args.seq_length
+    frozen = None
+    if args.critical_sharpness_frozen is not None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        frozen = FrozenRun(lambda: [*trained, *model.buffers()])
 
     while iteration < args.train_iters:
         iteration += 1
@@ -328,6 +333,8 @@ def train(
         last = iteration == args.train_iters
         if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
             save_checkpoint(args, model, optimizer, sharpness, mix, iteration, consumed)
+    if frozen is not None:
+        frozen.finish(lambda line: say(args, line))
     if writer is not None:
         writer.close()
 

@@ -68,8 +68,9 @@ def adaptive_blend(
             sinks.append(TensorBoardSink(writer))
         if (run := get_wandb_writer()) is not None:
             sinks.append(WandbSink(run))
-        is_writer = dist.get_rank() == dist.get_world_size() - 1
-        say = partial(print, flush=True) if is_writer else _silent
+        say: Callable[[str], object] = partial(print, flush=True)
+        if dist.get_rank() < dist.get_world_size() - 1:
+            say = _nothing
         mixture = Mixture(weights_at(controller.share, weights[1:]), args.seed)
         step.mix = AdaptiveMix(controller, mixture, sinks, say)
         if state := getattr(args, MIX_STATE, {}):
@@ -79,5 +80,5 @@ def adaptive_blend(
     return None if None in parts else AdaptiveBlend(parts, step.mix.mixture)
 
 
-def _silent(line: str) -> None:
+def _nothing(line: str) -> None:
     pass

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from megatron_sharpness.arguments import (
     settings_of,
 )
 from megatron_sharpness.evaluation import EvaluationSet
+from megatron_sharpness.frozen import FrozenRun
 from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
+from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
 from megatron_sharpness.meter import Meter, Settings, Sink
@@ -81,6 +84,7 @@ class MeasuredTrainStep:
         self._mode = args.critical_sharpness_mode
         self._microbatches = args.critical_sharpness_microbatches
         self._frozen: int | None = args.critical_sharpness_frozen
+        self._frozen_run: FrozenRun | None = None
         self._sources = sources
         self._others: list[EvaluationSet] | None = None
         self._meter: Meter | None = None
@@ -96,6 +100,8 @@ class MeasuredTrainStep:
             return self._train_step(*args, **kwargs)
         call = self._signature.bind(*args, **kwargs)
         model, optimizer = call.arguments["model"], call.arguments["optimizer"]
+        if self._frozen is not None and self._frozen_run is None:
+            self._frozen_run = FrozenRun(partial(trained_tensors, model, optimizer))
         schedule = RecordingSchedule(call.arguments["forward_backward_func"], model)
         call.arguments["forward_backward_func"] = schedule
         observed = ObservedStep(optimizer, model, get_args(), offload=self._offload)
@@ -105,8 +111,10 @@ class MeasuredTrainStep:
             self._measure(iteration, observed, schedule, call.arguments["config"])
         elif observed.happened:
             observed.undo()
-        if self._frozen is not None:
+        if self._frozen_run is not None:
             schedule.restore_buffers()
+            if iteration == get_args().train_iters:
+                self._frozen_run.finish(_print if dist.get_rank() == 0 else _silent)
         return result
 
     @property
@@ -117,7 +125,7 @@ class MeasuredTrainStep:
             self._meter = Meter(
                 self._settings,
                 sinks=_sinks() if is_writer else (),
-                warn=_print if is_writer else lambda message: None,
+                warn=_print if is_writer else _silent,
             )
             self._meter.load_state_dict(getattr(get_args(), STATE, {}))
         return self._meter
@@ -195,6 +203,10 @@ def _sinks() -> list[Sink]:
 
 def _print(message: str) -> None:
     print(message, flush=True)
+
+
+def _silent(message: str) -> None:
+    pass
 
 
 def attach(args: Any) -> None:

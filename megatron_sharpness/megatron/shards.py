@@ -35,6 +35,14 @@ def shards_of(optimizer: Any) -> list[Shard]:
     ]
 
 
+def trained_tensors(model: Sequence[Any], optimizer: Any) -> list[Tensor]:
+    """What training would change of a model, as far as this rank has it: the parameters that its
+    optimizers own, main and in the model, and the buffers."""
+    shards = [shard for leaf, _ in leaf_optimizers(optimizer) for shard in shards_of(leaf)]
+    buffers = [buffer for chunk in model for buffer in chunk.module.buffers()]
+    return [*(tensor for shard in shards for tensor in (shard.main, shard.model)), *buffers]
+
+
 def _main_and_model(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     if optimizer.is_stub_optimizer:  # this rank has nothing to train
         return

@@ -74,9 +74,11 @@ def draw_sweep(
         axes.plot(np.array(shares)[capped], median[capped], "^", color=color, markersize=9)
     if advice.crossing is not None:
         axes.axvline(advice.crossing, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
+        side = 1 if advice.crossing < (shares[0] + shares[-1]) / 2 else -1
         axes.annotate(
             f"cross at {advice.crossing:.2f}", (advice.crossing, 0.02), color=MUTED,
-            xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+            xycoords=("data", "axes fraction"), xytext=(4 * side, 0), textcoords="offset points",
+            horizontalalignment="left" if side > 0 else "right",
         )  # fmt: skip
     if 0 < advice.critical_sharpness < math.inf:
         axes.plot(

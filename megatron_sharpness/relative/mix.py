@@ -14,19 +14,17 @@ import csv
 import json
 import math
 import shlex
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_sharpness import evaluation
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.frozen_runs import Frozen, RunFailed, check_training, keep_settings
 from megatron_sharpness.measurement import TRAIN
 from megatron_sharpness.relative.mixture import weights_at
 from megatron_sharpness.relative.recommendation import Recommendation, recommend
@@ -105,14 +103,29 @@ def run(arguments: argparse.Namespace) -> None:
     """
     fixed = _check(arguments)
     out: Path = arguments.out
-    _keep_settings(arguments)
+    kept = ("vary", "fixed", "eval_data", "eval_samples", "accumulate", "measure", "training")
+    keep_settings(out, {name: getattr(arguments, name) for name in kept})
+    frozen = Frozen(
+        training=arguments.training,
+        accumulate=arguments.accumulate,
+        measure=arguments.measure,
+        eval_data=arguments.eval_data,
+        eval_samples=arguments.eval_samples,
+    )
     shares = sorted(set(arguments.shares))
     missing = [share for share in shares if not _records(out, share).exists()]
     if len(missing) < len(shares):
         print(f"{len(shares) - len(missing)} of {len(shares)} shares are in {out} already")
     began = time.monotonic()
     for number, share in enumerate(missing, start=1):
-        _measure(arguments, fixed, share, f"share {share:g}, {number} of {len(missing)}")
+        flags = ["--data-path", *mixture(arguments.vary, share, fixed), "--finetune"]
+        try:
+            frozen.run(flags, _records(out, share), f"share {share:g}, {number} of {len(missing)}")
+        except RunFailed as error:
+            raise InputError(
+                f"share {share:g}: {error}Mend it and start this again: shares that are done are "
+                "not done again"
+            ) from None
         took = time.monotonic() - began
         left = took / number * (len(missing) - number)
         print(f"share {share:g}: done; {took:.0f} s so far, about {left:.0f} s left", flush=True)
@@ -230,52 +243,6 @@ def mixture(vary: str, share: float, fixed: Sequence[tuple[float, str]]) -> list
     return [text for weight, prefix in parts for text in (f"{weight:.10g}", prefix)]
 
 
-def _measure(
-    arguments: argparse.Namespace, fixed: Sequence[tuple[float, str]], share: float, shown: str
-) -> None:
-    """One run of the training command; its records are there under their name when it is over."""
-    records = _records(arguments.out, share)
-    partial, log = records.with_suffix(".partial"), records.with_suffix(".log")
-    partial.unlink(missing_ok=True)
-    steps = arguments.accumulate + arguments.measure
-    samples = arguments.eval_samples
-    command = [
-        *arguments.training,
-        *("--data-path", *mixture(arguments.vary, share, fixed)),
-        *("--finetune", "--train-iters", str(steps)),
-        *("--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
-        *("--measure-critical-sharpness-every", "1"),
-        *("--critical-sharpness-frozen", str(arguments.accumulate)),
-        *("--critical-sharpness-log", str(partial)),
-        *("--critical-sharpness-eval-data", *arguments.eval_data),
-        *(("--critical-sharpness-eval-samples", str(samples)) if samples else ()),
-    ]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                if sys.stderr.isatty():
-                    found = partial.read_text().count("\n") if partial.exists() else 0
-                    done = found // (1 + len(arguments.eval_data))
-                    print(f"\r{shown}: {done} of {arguments.measure} batches ", end="",
-                          file=sys.stderr)  # fmt: skip
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if sys.stderr.isatty():
-        print("\r", end="", file=sys.stderr)
-    if process.returncode or not partial.exists():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise InputError(
-            f"share {share:g}: the training command ended with {process.returncode} and "
-            f"{'some' if partial.exists() else 'no'} records. The end of {log}:\n{tail}\nMend it "
-            "and start this again: shares that are done are not done again"
-        )
-    partial.rename(records)
-
-
 def _records(out: Path, share: float) -> Path:
     return out / f"share-{share:g}.jsonl"
 
@@ -309,29 +276,5 @@ def _check(arguments: argparse.Namespace) -> list[tuple[float, str]]:
         evaluation.parse(arguments.eval_data)
     except InputError as error:
         raise InputError(str(error).replace(evaluation.FLAG, "--eval-data")) from None
-    for flag in ("--save", "--data-path"):
-        if flag in arguments.training:
-            raise InputError(f"{flag} in the training command: the sweep gives or forbids it; "
-                             "leave it out")  # fmt: skip
+    check_training(arguments.training, ["--data-path"])
     return fixed
-
-
-def _keep_settings(arguments: argparse.Namespace) -> None:
-    """Write what the shares are measured with, or refuse to go on with something else."""
-    names = ("vary", "fixed", "eval_data", "eval_samples", "accumulate", "measure", "training")
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    path = arguments.out / "settings.json"
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(json.dumps(settings, indent=2) + "\n")
-            return
-        before = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"--out {arguments.out}: {error.strerror}; give another folder") from error
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise InputError(
-                f"--out {arguments.out}: it holds shares measured with {name} "
-                f"{before.get(name)!r}, and this is {value!r}; give the same, or another folder"
-            )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sharpness.frozen_runs import REPORT
 from tests.megatron.harness import other_data, run
 
 #: Layout → (processes, flags).
@@ -102,4 +103,5 @@ def test_a_frozen_run_leaves_the_model_as_it_was(layout: str, tmp_path: Path) ->
         ):  # fmt: skip
             assert after[part] == before[part], part
     assert [record["iteration"] for record in frozen.all_records] == [4, 4, 6, 6]
+    assert REPORT.search(frozen.output)
     assert {record["status"] for record in frozen.records} == {"found"}

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sharpness.data import python_code, python_prose, write_dataset
 from megatron_sharpness.errors import InputError
+from megatron_sharpness.frozen_runs import REPORT
 from tests.megatron.harness import other_data
 from tests.processes import ROOT, free_port, start_ranks
 from tests.trainers.harness import require
@@ -223,6 +224,7 @@ def test_a_frozen_run_of_loaded_weights_measures_and_trains_nothing(
 ) -> None:
     frozen, trained = runs("on, resumed frozen"), runs("on")
     assert "loaded the weights of" in frozen.output
+    assert REPORT.search(frozen.output)
     assert [record["iteration"] for record in frozen.all_records] == [4, 4, 6, 6]
     assert {record["status"] for record in frozen.records} == {"found"}
     sums = [record["loss"] for record in frozen.all_records if record["batch"] == "sums"]

@@ -92,7 +92,7 @@ def test_the_sweep_measures_every_share_and_recommends_one(
 
     other = [*flags(tmp_path, data, accumulate="5"), *training]
     assert cli.main(other) == 1
-    assert "it holds shares measured with accumulate 4, and this is 5" in capsys.readouterr().err
+    assert "it holds what was measured with accumulate 4, and this is 5" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_is_reported_with_what_it_said(
@@ -101,7 +101,7 @@ def test_a_command_that_fails_is_reported_with_what_it_said(
     script = "import sys; print('no such GPU'); sys.exit(3)"
     assert cli.main([*flags(tmp_path, data), sys.executable, "-c", script]) == 1
     said = capsys.readouterr().err
-    assert "share 0: the training command ended with 3 and no records" in said
+    assert "share 0: the training command ended with 3 and 0 of 3 batches measured" in said
     assert "no such GPU" in said and "shares that are done are not done again" in said
 
 

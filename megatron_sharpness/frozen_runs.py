@@ -1,0 +1,170 @@
+"""Runs of a training command that measure and train nothing: what the sweeps are made of.
+
+The command is Megatron's or ``launch/train_fsdp.py``'s, with whatever launcher, model and parallel
+layout; what differs from a training run are flags that are added.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sharpness import evaluation
+from megatron_sharpness.errors import InputError
+
+#: What :class:`~megatron_sharpness.frozen.FrozenRun` says at the end of a run.
+REPORT = re.compile(
+    r"frozen: parameters and buffers are what they were, sha256 (?P<sha256>[0-9a-f]{64}) \| "
+    r"steps and measurements took (?P<seconds>[\d.]+) s \| "
+    r"peak memory of a process: (?P<memory>[\d.]+) MiB"
+)
+
+#: Lines of a failed run's log that its error shows.
+_TAIL = 15
+
+
+class RunFailed(InputError):
+    """A run of the training command ended without what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What each run of a sweep does.
+
+    Attributes:
+        training: the command that would train.
+        accumulate: steps that are for the optimizer's moments alone.
+        measure: steps after them, each of which is measured.
+        eval_data: ``NAME=PREFIX`` of other data.
+        eval_samples: samples of each; None for the command's own.
+    """
+
+    training: Sequence[str]
+    accumulate: int
+    measure: int
+    eval_data: Sequence[str] = ()
+    eval_samples: int | None = None
+
+    def run(self, flags: Sequence[str], records: Path, shown: str, *, begin: int = 0) -> Report:
+        """One run of the training command; its records are there when it is over.
+
+        Args:
+            flags: to be added to the command.
+            records: where its records are to be; the log lies beside them.
+            shown: what progress is shown of.
+            begin: the iteration that it goes on from.
+
+        Raises:
+            RunFailed: the command failed, or left fewer records than it should.
+        """
+        partial, log = records.with_suffix(".partial"), records.with_suffix(".log")
+        partial.unlink(missing_ok=True)
+        first = begin + self.accumulate
+        command = [
+            *self.training,
+            *flags,
+            *("--train-iters", str(first + self.measure)),
+            *("--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
+            *("--measure-critical-sharpness-every", "1"),
+            *("--critical-sharpness-frozen", str(first)),
+            *("--critical-sharpness-log", str(partial)),
+            *((evaluation.FLAG, *self.eval_data) if self.eval_data else ()),
+        ]
+        if self.eval_samples:
+            command += ["--critical-sharpness-eval-samples", str(self.eval_samples)]
+        began = time.monotonic()
+        code = self._execute(command, log, partial, shown)
+        seconds = time.monotonic() - began
+        text = log.read_text(errors="replace")
+        report = REPORT.search(text)
+        if code or report is None or self._done(partial) < self.measure:
+            tail = "\n".join(text.splitlines()[-_TAIL:])
+            raise RunFailed(
+                f"the training command ended with {code} and {self._done(partial)} of "
+                f"{self.measure} batches measured. The end of {log}:\n{tail}\n"
+            )
+        partial.rename(records)
+        return Report(report["sha256"], seconds, float(report["seconds"]), float(report["memory"]))
+
+    def _done(self, partial: Path) -> int:
+        """Batches that are measured."""
+        found = partial.read_text().count("\n") if partial.exists() else 0
+        return found // (1 + len(self.eval_data))
+
+    def _execute(self, command: Sequence[str], log: Path, partial: Path, shown: str) -> int:
+        in_terminal = sys.stderr.isatty()
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            try:
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    if in_terminal:
+                        done = f"{self._done(partial)} of {self.measure} batches"
+                        print(f"\r{shown}: {done} ", end="", file=sys.stderr)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+                if in_terminal:
+                    print("\r", end="", file=sys.stderr)
+        return process.returncode
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a frozen run says of itself.
+
+    Attributes:
+        sha256: of parameters and buffers, before and after.
+        seconds: of the whole command.
+        working: seconds of its steps and measurements.
+        memory: largest peak of a process, in MiB.
+    """
+
+    sha256: str
+    seconds: float
+    working: float
+    memory: float
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder and write what is measured with, or refuse to go on with something else.
+
+    Raises:
+        InputError: the folder cannot be written, or holds what was measured otherwise.
+    """
+    path = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+            return
+        before = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another folder") from error
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--out {out}: it holds what was measured with {name} {before.get(name)!r}, and "
+                f"this is {value!r}; give the same, or another folder"
+            )
+
+
+def check_training(training: Sequence[str], refused: Sequence[str]) -> None:
+    """Refuse flags of the training command that a sweep gives itself, or that train.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for flag in ("--save", "--train-samples", *refused):
+        if any(re.fullmatch(rf"{flag}(=.*)?", word) for word in training):
+            raise InputError(
+                f"{flag} in the training command: the sweep gives or forbids it; leave it out"
+            )
