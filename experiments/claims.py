@@ -15,6 +15,7 @@ from experiments.adam_edge import run as adam_edge
 from experiments.batch import run as batch
 from experiments.fcn import run as fcn
 from experiments.gpt_wsd import run as gpt
+from experiments.mix import analysis as mix
 from experiments.tracking import run as tracking
 from experiments.weight_decay import run as weight_decay
 
@@ -166,6 +167,25 @@ def batch_claims(runs: Runs) -> Found:
         yield text, f"{sizes[position]} tokens", ratio, 1.0, np.inf
 
 
+def mix_claims(runs: Runs) -> Found:
+    both = {
+        "prose": ("prose", "code", runs),
+        "WikiText-2": ("WikiText-2", "GSM8K", training.read(HERE / "mix" / "text")),
+    }
+    text = "the tasks' λ_c^{1→2} cross at a share of the old data (Fig. 6 a)"
+    for first, (_, second, found) in both.items():
+        crossing = mix.advice_of(found).crossing
+        yield text, f"{first} with {second}", np.nan if crossing is None else crossing, 0.5, 0.95
+    one = "one step raises a held-out loss where η > 2/λ_c^{1→2}: agreement over shares and η"
+    for steps, text, lowest in (
+        (1, one, 0.9), (100, "and 100 steps of training do, less clearly (Fig. 6 b, c)", 0.7),
+    ):  # fmt: skip
+        for *names, found in both.values():
+            for task, name in zip(mix.TASKS, names, strict=True):
+                agreed, constant = mix.agreement(found, task, steps)
+                yield text, f"{name} (one answer for all: {constant:.2f})", agreed, lowest, 1.0
+
+
 #: Folder → the claims about its records.
 CLAIMS = {
     "uv": uv_claims,
@@ -175,6 +195,7 @@ CLAIMS = {
     "tracking": tracking_claims,
     "gpt_wsd": gpt_claims,
     "batch": batch_claims,
+    "mix": mix_claims,
 }
 
 

@@ -64,6 +64,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a causal language model instead of the GPT; random weights where the folder holds "
         "config.json and no weights, bytes as tokens where it holds no tokenizer",
     )
+    model.add_argument("--hf-revision", metavar="R", help="branch, tag or commit on the hub")
 
     fsdp_data.add_arguments(parser)
 
@@ -98,6 +99,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["full", "selective"],
         help="full: recompute each layer in the backward pass (attention always is)",
     )
+    group.add_argument(
+        "--fsdp-cpu-offload",
+        action="store_true",
+        help="keep parameters, gradients and optimizer in host memory between their uses",
+    )
     for flag in WITHOUT_MEANING:
         group.add_argument(flag, nargs="?", const="", help=argparse.SUPPRESS)
 
@@ -108,6 +114,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save", metavar="FOLDER", help="at --save-interval and in the end")
     group.add_argument("--save-interval", type=int, metavar="N")
     group.add_argument("--load", metavar="FOLDER", help="go on from the latest checkpoint, if any")
+    group.add_argument(
+        "--ckpt-step", type=int, metavar="N", help="of --load take the checkpoint of iteration N"
+    )
+    group.add_argument(
+        "--exit-on-missing-checkpoint",
+        action="store_true",
+        help="refuse a --load without a checkpoint",
+    )
+    group.add_argument(
+        "--use-checkpoint-opt_param-scheduler",
+        action="store_true",
+        help="take the learning-rate schedule of the checkpoint, and not that of the flags",
+    )
     group.add_argument(
         "--finetune", action="store_true", help="of --load take the weights alone, and begin anew"
     )

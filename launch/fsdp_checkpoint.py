@@ -27,6 +27,12 @@ from megatron_sharpness.relative.adaptive import AdaptiveMix
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
+#: Flags that the learning rate of an iteration follows from.
+SCHEDULE = (
+    *("lr", "min_lr", "lr_warmup_iters", "lr_decay_iters", "lr_decay_style"),
+    *("lr_wsd_decay_iters", "lr_wsd_decay_style"),
+)
+
 
 def save_checkpoint(
     args: argparse.Namespace,
@@ -47,6 +53,7 @@ def save_checkpoint(
             "iteration": iteration,
             "consumed_samples": consumed,
             "world_size": args.world_size,
+            "schedule": {name: getattr(args, name) for name in SCHEDULE},
             "critical_sharpness": sharpness.state_dict() if sharpness else None,
             "adaptive_mix": mix.state_dict() if mix else None,
         }
@@ -72,10 +79,31 @@ def latest_checkpoint(flag: str, folder: str) -> Path | None:
     return latest
 
 
+def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
+    """The folder of the checkpoint that the run goes on from, if any.
+
+    Raises:
+        InputError: there is none where one has to be.
+    """
+    if not args.load:
+        return None
+    if args.ckpt_step is None:
+        found = latest_checkpoint("--load", args.load)
+        if found is None and args.exit_on_missing_checkpoint:
+            raise bad("load", args.load, "it holds no checkpoint; give the folder of one")
+        return found
+    found = Path(args.load, f"iter_{args.ckpt_step:07d}")
+    if not (found / "progress.json").exists():
+        raise bad(
+            "ckpt_step", args.ckpt_step, f"--load {args.load} holds no such checkpoint; give an "
+            "iteration that was saved"
+        )  # fmt: skip
+    return found
+
+
 def check_folders(args: argparse.Namespace) -> None:
     """Refuse to load what is none of ours, and to overwrite another run's checkpoints."""
-    if args.load:
-        latest_checkpoint("--load", args.load)
+    checkpoint_to_load(args)
     if args.save and Path(args.save).resolve() != Path(args.load or os.devnull).resolve():
         held = latest_checkpoint("--save", args.save)
         if held is not None:
@@ -88,8 +116,8 @@ def check_folders(args: argparse.Namespace) -> None:
 def load_checkpoint(
     args: argparse.Namespace, model: nn.Module, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Bring model, optimizer and random states to the latest checkpoint, and say where that is."""
-    latest = latest_checkpoint("--load", args.load) if args.load else None
+    """Bring model, optimizer and random states to the checkpoint, and say which one that is."""
+    latest = checkpoint_to_load(args)
     if latest is None:
         return {"iteration": 0, "consumed_samples": 0, "critical_sharpness": None}
     if args.finetune:
@@ -100,6 +128,8 @@ def load_checkpoint(
             print(f"  loaded the weights of {latest}", flush=True)
         return {"iteration": 0, "consumed_samples": 0, "critical_sharpness": None}
     progress: dict[str, Any] = json.loads((latest / "progress.json").read_text())
+    if args.use_checkpoint_opt_param_scheduler and "schedule" in progress:
+        vars(args).update(progress["schedule"])
     flags = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters, moments = get_state_dict(model, optimizer)
     states = _random_states(args.rank) if progress["world_size"] == args.world_size else {}

@@ -9,7 +9,6 @@ devices over NCCL or on the CPU over gloo:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 import os
@@ -18,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import fsdp_data
@@ -26,15 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fsdp_arguments import WITHOUT_MEANING, bad, check_sequence, parse_arguments
+from fsdp_arguments import WITHOUT_MEANING, parse_arguments
 from fsdp_checkpoint import check_folders, load_checkpoint, save_checkpoint
-from fsdp_gpt import GPT
+from fsdp_model import attention, build_model, shard
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sharpness import arguments, evaluation
 from megatron_sharpness.errors import InputError
@@ -69,61 +63,6 @@ def learning_rate(args: argparse.Namespace, iteration: int) -> float:
         "minus_sqrt": 1.0 - math.sqrt(done),
     }[style]
     return float(args.min_lr + part * (args.lr - args.min_lr))
-
-
-def build_model(args: argparse.Namespace) -> tuple[nn.Module, int, fsdp_data.Tokenize]:
-    """The whole model in fp32, its vocabulary and its tokenizer."""
-    torch.manual_seed(args.seed)
-    if not args.hf_model:
-        return GPT(args.gpt), args.gpt.vocab_size, fsdp_data.bytes_as_tokens
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise bad("hf_model", args.hf_model, f"{error}; pip install transformers") from error
-    folder = Path(args.hf_model)
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    try:
-        config = transformers.AutoConfig.from_pretrained(args.hf_model)
-        text = config.get_text_config()
-        check_sequence(
-            args,
-            getattr(text, "max_position_embeddings", None),
-            getattr(text, "attention_dropout", 0.0) or 0.0,
-        )
-        config.use_cache = False
-        automatic = transformers.AutoModelForCausalLM
-        if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-            model = automatic.from_config(config, **options)
-        else:
-            model = automatic.from_pretrained(args.hf_model, config=config, **options)
-        vocabulary = int(model.get_input_embeddings().num_embeddings)
-        if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
-            return model.train(), vocabulary, fsdp_data.bytes_as_tokens
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.hf_model)
-    except (OSError, ValueError) as error:
-        raise bad("hf_model", args.hf_model, str(error)) from error
-    return model.train(), vocabulary, fsdp_data.tokens_of(tokenizer)
-
-
-def attention(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Within it ``scaled_dot_product_attention`` is flash attention where that is asked for."""
-    if args.attention_backend == "flash":
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION])
-    return contextlib.nullcontext()
-
-
-def shard(args: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
-    """Put each layer of the model, and the rest of it, under FSDP2 on ``device``."""
-    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (args.world_size,))}
-    if args.bf16:
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    layers = next(lists, nn.ModuleList())  # the outermost
-    for i, layer in enumerate(layers):
-        if args.recompute_granularity == "full":
-            layers[i] = checkpoint_wrapper(layer)
-        fully_shard(layers[i], **options)
-    fully_shard(model, **options)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -380,29 +319,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; what cannot be is refused before processes meet."""
     args = parse_arguments(argv)
     check_folders(args)
-    model, vocabulary, tokenize = build_model(args)
-    samples = fsdp_data.read_samples(args, tokenize)
-    others = read_evaluation(args, tokenize, vocabulary)
+    built = build_model(args)
+    samples = fsdp_data.read_samples(args, built.tokenize)
+    others = read_evaluation(args, built.tokenize, built.vocabulary)
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        # Offloaded parameters are reduced where they lie.
+        backend = "cpu:gloo,cuda:nccl" if args.fsdp_cpu_offload else "nccl"
+        dist.init_process_group(backend, device_id=device)
     else:
         dist.init_process_group("gloo")
     say(
         args,
-        f" {type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{samples.count:,} samples of {args.seq_length} tokens, {args.world_size} processes on "
-        f"{device.type}",
+        f" {type(built.model).__name__} of {sum(p.numel() for p in built.model.parameters()):,} "
+        f"parameters, {samples.count:,} samples of {args.seq_length} tokens, {args.world_size} "
+        f"processes on {device.type}",
     )
     given = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in WITHOUT_MEANING}
     if ignored := [f"{flag} {value}".strip() for flag, value in given.items() if value is not None]:
         say(args, f" without meaning under FSDP2, and ignored: {', '.join(ignored)}")
     with attention(args):
-        shard(args, model, device)
-        train(args, model, vocabulary, samples, others, device)
+        model = shard(args, built, device)
+        train(args, model, built.vocabulary, samples, others, device)
     dist.destroy_process_group()
     # gloo's threads live on and let go of the last collectives' tensors with Python's lock, which
     # they can take now. In an interpreter that ends they would abort the process, its work done.

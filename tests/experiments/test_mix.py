@@ -45,7 +45,11 @@ def known() -> analysis.Runs:
             for steps in NOTED
         ]
         runs[f"fixed-{share:g}"] = [{"share": share, "first": 2 - share, "second": 1 + share}]
-    runs["adaptive-1"] = [{"share": 0.5, "first": 1.5, "second": 1.6}]
+    seen = {"sharpness_first": "inf", "sharpness_second": 10.0}
+    runs["adaptive-1"] = [
+        {"share": 0.5, "first": 1.5, "second": 1.6},
+        {"share": 0.5, "first": 1.5, "second": 1.6} | seen,
+    ]
     return runs
 
 
@@ -67,6 +71,7 @@ def test_the_analysis_of_known_numbers() -> None:
     assert (share, lr) == (0.4, pytest.approx(2e-3 * 1.4))
     assert analysis.regrets(runs)["fixed-0.4"] == pytest.approx(0.6)
     assert analysis.regrets(runs)["adaptive-1"] == pytest.approx(0.6)
+    assert analysis.edges_of_adaptive(runs) == {"adaptive-1": (math.inf, 5.0 * advice.lr)}
 
 
 def test_shares_at_which_all_learning_rates_raise_the_loss_have_no_room() -> None:

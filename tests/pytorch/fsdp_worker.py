@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from tests.processes import ROOT
 
@@ -21,7 +22,10 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 import fsdp_arguments
 import fsdp_data
+import fsdp_model
 import train_fsdp
+
+from megatron_sharpness.errors import InputError
 
 
 def train(cases: str) -> None:
@@ -54,29 +58,86 @@ def copy_as_if_crashed(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def pretrained(configuration: str, folder: str, *flags: str) -> None:
-    """A Hugging Face model that was saved in bf16 with a tokenizer of words is read again."""
+def pretrained(configuration: str, out: str, *flags: str) -> None:
+    """Hugging Face models that were saved in bf16 are read again, each rank its shards alone."""
+    import transformers
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(3)  # the same weights on both ranks
+    cases = {"plain": {}, "tied": {"tie_word_embeddings": True}, "other names": {}}
+    for name, options in cases.items():
+        config = transformers.AutoConfig.from_pretrained(configuration, **options)
+        saved = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        folder = Path(out, "models--some--model", "snapshots", name.replace(" ", "-"))
+        if dist.get_rank() == 0:
+            saved.save_pretrained(folder)
+            save_words(str(folder))
+            if name == "other names":
+                rename(folder / "model.safetensors")
+        dist.barrier()
+        args = fsdp_arguments.parse_arguments(["--hf-model", str(folder), *flags])
+        built = fsdp_model.build_model(args)
+        assert built.tokenize(b"two one three").tolist() == [3, 2, 0, 1]
+        assert built.vocabulary == 257
+        empty = {parameter.is_meta for parameter in built.model.parameters()}
+        assert empty == {name != "other names"}, name  # whole only where it has to be
+        model = fsdp_model.shard(args, built, torch.device("cpu"))
+        same_weights(model, saved.state_dict())
+        rotary = type(saved.model.rotary_emb)(config)
+        assert torch.equal(model.model.rotary_emb.inv_freq, rotary.inv_freq)
+        if name == "tied":
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            held = model.lm_head.weight.full_tensor()
+
+    # From the hub's cache, where a revision is a folder with the commit's name.
+    refs = Path(out, "models--some--model", "refs")
+    if dist.get_rank() == 0:
+        refs.mkdir()
+        (refs / "step1000").write_text("tied")
+    dist.barrier()
+    args = fsdp_arguments.parse_arguments(
+        ["--hf-model", "some/model", "--hf-revision", "step1000", *flags]
+    )
+    model = fsdp_model.shard(args, fsdp_model.build_model(args), torch.device("cpu"))
+    assert torch.equal(model.lm_head.weight.full_tensor(), held)
+    try:
+        args.hf_revision = "step2000"
+        fsdp_model.build_model(args)
+    except InputError as error:
+        assert "--hf-model some/model: " in str(error)
+    else:
+        raise AssertionError("a revision that is not there")
+    dist.destroy_process_group()
+    time.sleep(0.1)  # see the end of train_fsdp.main
+
+
+def same_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    weights = model.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        assert len(weight.to_local()) <= -(-len(expected[name]) // 2)
+        assert torch.equal(weight.full_tensor(), expected[name].float()), name
+
+
+def save_words(folder: str) -> None:
+    """A tokenizer of words."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    config = transformers.AutoConfig.from_pretrained(configuration)
-    saved = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    saved.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "one": 2, "two": 3}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", eos_token="<end>"
     ).save_pretrained(folder)
 
-    args = fsdp_arguments.parse_arguments(["--hf-model", folder, *flags])
-    model, vocabulary, tokenize = train_fsdp.build_model(args)
-    assert tokenize(b"two one three").tolist() == [3, 2, 0, 1]
-    assert vocabulary == 257
-    expected, weights = saved.state_dict(), model.state_dict()
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        assert weight.dtype == torch.float32
-        assert torch.equal(weight, expected[name].float()), name
+
+def rename(path: Path) -> None:
+    """As saved from the model without its head's wrapper, which transformers reads too."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def dataset(folder: str, out: str, *flags: str) -> None:

@@ -317,7 +317,16 @@ def test_a_hugging_face_model_is_trained_and_measured(runs: Callable[[str], Run]
 def test_weights_and_tokenizer_of_a_hugging_face_folder_are_used(
     tiny_olmo: Path, tmp_path: Path
 ) -> None:
-    in_a_process(TRANSFORMERS, "pretrained", str(tiny_olmo), str(tmp_path), *TRAINING.split())
+    if TRANSFORMERS is None:
+        pytest.skip("transformers is not installed: pip install megatron-sharpness[hf]")
+    arguments = ["pretrained", str(tiny_olmo), str(tmp_path), *TRAINING.split()]
+    hub = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = start_ranks(
+        ["-W", "ignore", "-m", "tests.pytorch.fsdp_worker", *arguments], tmp_path, 2,
+        environment=hub, pythonpath=TRANSFORMERS,
+    )  # fmt: skip
+    codes = [rank.wait(timeout=120) for rank in ranks]
+    assert codes == [0, 0], (tmp_path / "output0.txt").read_text()[-4000:]
 
 
 class Operations(TorchDispatchMode):
