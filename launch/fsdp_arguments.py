@@ -73,6 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         group.add_argument(flag, type=int, required=True, metavar="N")
     group.add_argument("--global-batch-size", type=int, metavar="N")
     group.add_argument("--optimizer", choices=["adam"], default="adam", help="AdamW")
+    group.add_argument("--exit-interval", type=int, metavar="N", help="end where N divides")
     group.add_argument("--lr", type=float, required=True)
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--lr-warmup-iters", type=int, default=0, metavar="N")
@@ -161,6 +162,7 @@ def check(args: argparse.Namespace) -> None:
     args.global_batch_size = args.global_batch_size or each_step
     for name in (*shape, "ffn_hidden_size", "seq_length", "micro_batch_size", "train_iters",
                  "global_batch_size", "log_interval", "tensorboard_log_interval", "save_interval",
+                 "exit_interval", "ckpt_step",
                  "lr_decay_iters", "lr_wsd_decay_iters", "max_position_embeddings",
                  "vocab_size"):  # fmt: skip
         value = getattr(args, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face dataset, tokenized once into its cache",
     )
     group.add_argument("--hf-dataset-split", default="train", metavar="SPLIT")
+    group.add_argument(
+        "--hf-dataset-streaming",
+        action="store_true",
+        help="read it as it comes, without downloading it first: its own order, not shuffled",
+    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -133,12 +138,14 @@ def tokens_of(tokenizer: Any) -> Tokenize:
     return tokenize
 
 
-def read_samples(args: argparse.Namespace, tokenize: Tokenize) -> Samples | Blend:
+def read_samples(args: argparse.Namespace, tokenize: Tokenize) -> Samples | Blend | Stream:
     """What the run trains on, in its order.
 
     Raises:
         InputError: the data cannot be read, or a package that reads it is missing.
     """
+    if args.hf_dataset and args.hf_dataset_streaming:
+        return Stream(_loaded(args, streaming=True), args.json_key, tokenize, args.seq_length)
     if not args.data_path:
         return Samples(*_read_documents(args, tokenize), args.seq_length, args.seed)
     parts = [
@@ -174,11 +181,11 @@ def _indexed(prefix: str) -> tuple[Documents, Tokens]:
     return dataset, np.asarray(dataset.sequence_lengths)
 
 
-def _hugging_face(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documents, Tokens]:
+def _loaded(args: argparse.Namespace, *, streaming: bool = False) -> Any:
+    """The split of a Hugging Face dataset, which has the column that holds text."""
     name, key = args.hf_dataset[0], args.json_key
     try:
         import datasets
-        from filelock import FileLock
     except ModuleNotFoundError as error:
         raise InputError(
             f"--hf-dataset {name}: it is read with datasets ({error}); pip install datasets"
@@ -187,22 +194,33 @@ def _hugging_face(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documen
         for folder in (Path(name), Path(name, args.hf_dataset_split)):
             if (folder / "state.json").exists():  # written by save_to_disk
                 dataset = datasets.load_from_disk(str(folder))
+                dataset = dataset.to_iterable_dataset() if streaming else dataset
                 break
         else:
-            dataset = datasets.load_dataset(*args.hf_dataset, split=args.hf_dataset_split)
+            dataset = datasets.load_dataset(
+                *args.hf_dataset, split=args.hf_dataset_split, streaming=streaming
+            )
     except (OSError, ValueError) as error:
         raise InputError(
             f"--hf-dataset {' '.join(args.hf_dataset)}, --hf-dataset-split "
             f"{args.hf_dataset_split}: {error}"
         ) from error
-    if key not in dataset.column_names:
+    columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
+    if key not in columns:
         raise InputError(
-            f"--json-key {key}: --hf-dataset {name} has the columns "
-            f"{', '.join(dataset.column_names)}; name the one that holds text"
+            f"--json-key {key}: --hf-dataset {name} has the columns {', '.join(columns)}; name the "
+            "one that holds text"
         )
+    return dataset
+
+
+def _hugging_face(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Documents, Tokens]:
+    dataset = _loaded(args)
+    import datasets
+    from filelock import FileLock
 
     def tokenized(row: dict[str, Any]) -> dict[str, Any]:
-        ids = tokenize(row[key].encode(errors="replace"))
+        ids = tokenize(row[args.json_key].encode(errors="replace"))
         return {"tokens": ids, "length": len(ids)}
 
     cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -267,6 +285,47 @@ class Samples:
 
     def _shuffled(self, epoch: int) -> Tokens:
         return np.random.default_rng((self.seed, epoch)).permutation(self.count)
+
+
+class Stream:
+    """Documents as they come, cut into samples one after the other; at its end it begins anew.
+
+    Args:
+        rows: what is iterated over, each row with a text under ``key``.
+        key: of the text.
+        tokenize: a document.
+        length: tokens a sample predicts; it holds one more, which the next one begins with.
+    """
+
+    count = None  # not known before it has been read
+
+    def __init__(self, rows: Iterable[Any], key: str, tokenize: Tokenize, length: int) -> None:
+        self._rows, self._key, self._tokenize, self.length = rows, key, tokenize, length
+        self._read = self._samples()
+        self._next = 0
+
+    def __getitem__(self, number: int) -> Tokens:
+        """Sample ``number`` of the run, counted from 0; shape [length + 1], int64. Those that are
+        passed over are read, and what lies behind is read anew from the beginning."""
+        if number < self._next:
+            self._read, self._next = self._samples(), 0
+        for _ in range(number - self._next):
+            next(self._read)
+        self._next = number + 1
+        return next(self._read)
+
+    def _samples(self) -> Iterator[Tokens]:
+        held = np.empty(0, dtype=np.int64)
+        while True:
+            before = len(held)
+            for row in self._rows:
+                ids = self._tokenize(row[self._key].encode(errors="replace"))
+                held = np.concatenate([held, ids.astype(np.int64)])
+                while len(held) > self.length:
+                    yield held[: self.length + 1]
+                    held = held[self.length :]
+            if len(held) == before:
+                raise InputError("--hf-dataset: the stream holds no text")
 
 
 class Blend:

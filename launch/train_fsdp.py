@@ -40,7 +40,7 @@ from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink
 #: A target that does not count, for ``cross_entropy``.
 IGNORED = -100
 
-Samples = fsdp_data.Samples | fsdp_data.Blend
+Samples = fsdp_data.Samples | fsdp_data.Blend | fsdp_data.Stream
 
 
 def learning_rate(args: argparse.Namespace, iteration: int) -> float:
@@ -230,7 +230,8 @@ def train(
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         frozen = FrozenRun(lambda: [*trained, *model.buffers()])
 
-    while iteration < args.train_iters:
+    last = iteration >= args.train_iters
+    while not last:
         iteration += 1
         lr = learning_rate(args, iteration)
         for group in optimizer.param_groups:
@@ -270,6 +271,9 @@ def train(
             {"lm loss": mean, "learning-rate": lr, "grad-norm": norm.item()},
         )
         last = iteration == args.train_iters
+        if args.exit_interval and iteration % args.exit_interval == 0:
+            say(args, f"exiting program at iteration {iteration}")
+            last = True
         if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
             save_checkpoint(args, model, optimizer, sharpness, mix, iteration, consumed)
     if frozen is not None:
@@ -335,8 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(
         args,
         f" {type(built.model).__name__} of {sum(p.numel() for p in built.model.parameters()):,} "
-        f"parameters, {samples.count:,} samples of {args.seq_length} tokens, {args.world_size} "
-        f"processes on {device.type}",
+        f"parameters, {f'{samples.count:,}' if samples.count else 'a stream of'} samples of "
+        f"{args.seq_length} tokens, {args.world_size} processes on {device.type}",
     )
     given = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in WITHOUT_MEANING}
     if ignored := [f"{flag} {value}".strip() for flag, value in given.items() if value is not None]:

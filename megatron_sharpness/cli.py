@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sharpness import data, estimate, report
+from megatron_sharpness.checkpoints import series
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.relative import mix
 
@@ -18,23 +19,24 @@ COMMANDS = {
     "tokenize": (data, "write text into Megatron's indexed dataset format, byte by byte"),
     "report": (report, "print the last measurements of a run and draw its curves"),
     "mix": (mix, "measure which loss breaks first for each share of a data mix, and recommend one"),
+    "checkpoints": (series, "measure a series of checkpoints, without their optimizer if need be"),
     "estimate": (estimate, "predict what measuring would cost a run, in time and memory"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 1 for input that cannot be used."""
+    """Run one command and return its exit status: 0, 1 for input that cannot be used, or one that
+    the command itself explains."""
     parser = argparse.ArgumentParser(prog="megatron-sharpness", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=summary, description=summary + "."))
     arguments = parser.parse_args(argv)
     try:
-        COMMANDS[arguments.command][0].run(arguments)
+        return COMMANDS[arguments.command][0].run(arguments) or 0
     except InputError as error:
         print(f"megatron-sharpness {arguments.command}: error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

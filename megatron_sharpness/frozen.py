@@ -74,7 +74,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def _peak_memory() -> int:
     """Bytes: of the device's allocator, or the resident set where there is no device."""
-    if torch.cuda.is_available():
+    if torch.accelerator.is_available():  # not torch.cuda, which is mapped to the CPU for Megatron
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

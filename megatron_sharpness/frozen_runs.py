@@ -59,7 +59,7 @@ class Frozen:
             flags: to be added to the command.
             records: where its records are to be; the log lies beside them.
             shown: what progress is shown of.
-            begin: the iteration that it goes on from.
+            begin: the iteration that it goes on from, with that iteration's data.
 
         Raises:
             RunFailed: the command failed, or left fewer records than it should.
@@ -67,10 +67,11 @@ class Frozen:
         partial, log = records.with_suffix(".partial"), records.with_suffix(".log")
         partial.unlink(missing_ok=True)
         first = begin + self.accumulate
+        last = first + self.measure
         command = [
             *self.training,
             *flags,
-            *("--train-iters", str(first + self.measure)),
+            *self._until(last, keep=begin > 0),
             *("--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
             *("--measure-critical-sharpness-every", "1"),
             *("--critical-sharpness-frozen", str(first)),
@@ -92,6 +93,14 @@ class Frozen:
             )
         partial.rename(records)
         return Report(report["sha256"], seconds, float(report["seconds"]), float(report["memory"]))
+
+    def _until(self, last: int, *, keep: bool) -> list[str]:
+        """Flags that end a run with an iteration."""
+        given = re.search(r"--train-iters[ =](\d+)", " ".join(self.training))
+        if keep and given and last <= int(given[1]):
+            # The order of Megatron's data depends on --train-iters.
+            return ["--exit-interval", str(last)]
+        return ["--train-iters", str(last)]
 
     def _done(self, partial: Path) -> int:
         """Batches that are measured."""

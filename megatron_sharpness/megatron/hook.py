@@ -113,7 +113,7 @@ class MeasuredTrainStep:
             observed.undo()
         if self._frozen_run is not None:
             schedule.restore_buffers()
-            if iteration == get_args().train_iters:
+            if iteration in (get_args().train_iters, get_args().exit_interval):
                 self._frozen_run.finish(_print if dist.get_rank() == 0 else _silent)
         return result
 

@@ -1,0 +1,82 @@
+"""λ_c of a series of checkpoints against tokens or iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sharpness.checkpoints.points import Point
+from megatron_sharpness.errors import InputError
+from megatron_sharpness.measurement import TRAIN
+from megatron_sharpness.report.figure import BLUE, GREEN, RUN_COLORS, STYLE, VERMILION
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Draw medians, the middle 68 % of the batches shaded, and where the learning rate is known the
+    edge of stability 2/η and the schedule, as a PNG.
+
+    A median of ∞ is drawn at the upper end, as a triangle.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{path}: a figure needs matplotlib ({error}); pip install matplotlib"
+        ) from error
+    label, places = _places(points)
+    own = [point for point in points if point.batch == TRAIN]
+    has_rates = any(point.lr for point in own)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 7 if has_rates else 5), dpi=160, layout="constrained")
+        panels = figure.subplots(
+            2 if has_rates else 1, 1, sharex=True, squeeze=False,
+            height_ratios=[3, 1] if has_rates else [1],
+        )[:, 0]  # fmt: skip
+        axes = panels[0]
+        finite = [value for point in points for value in point.finite if value > 0]
+        cap = 2.0 * max(finite, default=1.0)
+        batches = list(dict.fromkeys(point.batch for point in points))
+        for batch, color in zip(batches, [BLUE, *RUN_COLORS[3:]] * len(batches), strict=False):
+            chosen = [point for point in points if point.batch == batch and point.values]
+            x = np.array([places[point.checkpoint.label] for point in chosen])
+            low, median, high = (
+                np.clip([point.quantile(part) for point in chosen], min(finite, default=1) / 2, cap)
+                for part in (0.16, 0.5, 0.84)
+            )
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            name = r"$\lambda_c$" if batch == TRAIN else rf"$\lambda_c^{{1\to 2}}$, {batch}"
+            axes.plot(x, median, color=color, marker="o", label=name)
+            capped = median >= cap
+            axes.plot(x[capped], median[capped], "^", color=color, markersize=9)
+        if has_rates:
+            rates = [(places[p.checkpoint.label], p.lr) for p in own if p.lr]
+            x, lr = np.array(rates).T
+            axes.plot(x, 2 / lr, color=VERMILION, linewidth=1.3, label=r"$2/\eta$")
+            panels[1].plot(x, lr, color=GREEN, marker="o")
+            panels[1].set_title(r"learning rate $\eta$")
+            panels[1].set_ylim(bottom=0)
+        axes.set_yscale("log")
+        axes.set_title("Critical sharpness at the checkpoints, and over 68 % of the batches")
+        axes.legend(frameon=False)
+        panels[-1].set_xlabel(label)
+        figure.savefig(path)
+
+
+def _places(points: Sequence[Point]) -> tuple[str, dict[str, float]]:
+    """What the axis is of, and the place of each checkpoint on it: tokens where all names tell
+    them, else iterations, else their order."""
+    checkpoints = {point.checkpoint.label: point.checkpoint for point in points}
+    for name, values in (
+        ("tokens", {label: c.tokens for label, c in checkpoints.items()}),
+        ("iteration", {label: c.iteration for label, c in checkpoints.items()}),
+    ):
+        known = {label: float(value) for label, value in values.items() if value is not None}
+        if len(set(known.values())) == len(checkpoints):
+            return name, known
+    return "checkpoint", {label: float(i) for i, label in enumerate(checkpoints)}

@@ -1,0 +1,114 @@
+"""What was measured at the checkpoints of a series."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sharpness.checkpoints.sources import Checkpoint
+from megatron_sharpness.measurement import TRAIN
+from megatron_sharpness.relative.values import relative_sharpness
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at a checkpoint on one kind of data.
+
+    Attributes:
+        checkpoint: which one.
+        batch: ``train``, or the name of other data.
+        values: λ_c of each batch that has one, in [0, ∞].
+        endings: how the measurements ended.
+        lr: η of the run at the checkpoint, where it is known.
+        sha256: of the model, before and after.
+    """
+
+    checkpoint: Checkpoint
+    batch: str
+    values: tuple[float, ...]
+    endings: Counter[str]
+    lr: float | None
+    sha256: str
+
+    @property
+    def finite(self) -> tuple[float, ...]:
+        return tuple(value for value in self.values if value < math.inf)
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.finite)) if self.finite else math.nan
+
+    @property
+    def std(self) -> float:
+        return float(np.std(self.finite)) if self.finite else math.nan
+
+    def quantile(self, part: float) -> float:
+        """Of all values, the upper one where it lies between two, so that ∞ makes no NaN."""
+        return float(np.quantile(self.values, part, method="higher")) if self.values else math.nan
+
+
+def read_points(
+    checkpoint: Checkpoint, records: Path, sha256: str, *, lr_is_its_own: bool
+) -> list[Point]:
+    """The points of one checkpoint's records, the step's own batch first."""
+    batches: dict[str, list[dict[str, Any]]] = {}
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        batches.setdefault(record["batch"], []).append(record)
+    points = []
+    for batch, found in batches.items():
+        # A loss on other data that falls by no more than its noise has nothing to fall by; that of
+        # the step's own batch falls, and how far cannot be told.
+        seen = [r for r in found if batch != TRAIN or r["status"] != "noise_limited"]
+        values = [relative_sharpness(r["status"], r["critical_sharpness"]) for r in seen]
+        points.append(
+            Point(
+                checkpoint,
+                batch,
+                values=tuple(value for value in values if value is not None),
+                endings=Counter(record["status"] for record in found),
+                lr=found[0]["lr"] if lr_is_its_own else None,
+                sha256=sha256,
+            )
+        )
+    return points
+
+
+def write_table(path: Path, points: Sequence[Point]) -> None:
+    """A line for each checkpoint and kind of data: mean, median and spread of λ_c over batches."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ["checkpoint", "iteration", "tokens", "batch", "batches", "mean", "median", "std",
+             "q16", "q84", "rises_at_once", "lr", "edge_of_stability", "endings", "sha256"]
+        )  # fmt: skip
+        for p in points:
+            endings = " ".join(f"{status}:{n}" for status, n in sorted(p.endings.items()))
+            table.writerow(
+                [p.checkpoint.label, p.checkpoint.iteration, p.checkpoint.tokens, p.batch,
+                 len(p.values), p.mean, p.quantile(0.5), p.std, p.quantile(0.16), p.quantile(0.84),
+                 len(p.values) - len(p.finite), p.lr, 2 / p.lr if p.lr else None, endings,
+                 p.sha256]
+            )  # fmt: skip
+
+
+def format_table(points: Sequence[Point]) -> str:
+    """Mean and standard deviation of λ_c, a line a checkpoint and a column a kind of data."""
+    batches = list(dict.fromkeys(point.batch for point in points))
+    shown: dict[str, dict[str, str]] = {}
+    for point in points:
+        text = f"{point.mean:.4g} ± {point.std:.2g}"
+        shown.setdefault(point.checkpoint.label, {})[point.batch] = text
+    width = max(map(len, shown)) + 2
+    lines = ["λ_c".ljust(width) + "".join(f"{batch:>22}" for batch in batches)]
+    for label, texts in shown.items():
+        lines.append(label.ljust(width) + "".join(f"{texts.get(b, ''):>22}" for b in batches))
+    return "\n".join(lines)
