@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sharpness.checkpoints.points import Point
+from megatron_sharpness.checkpoints.points import OWN, Point
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import TRAIN
 from megatron_sharpness.report.figure import BLUE, GREEN, RUN_COLORS, STYLE, VERMILION
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Draw medians, the middle 68 % of the batches shaded, and where the learning rate is known the
-    edge of stability 2/η and the schedule, as a PNG.
+    """Draw medians, the middle 68 % of the batches shaded, as a PNG.
 
-    A median of ∞ is drawn at the upper end, as a triangle.
+    Where moments and learning rate are the checkpoints' own, the step that the training itself made
+    is a cross, and both edges of stability and the schedule are drawn: λ_c of the training belongs
+    to the solid one, and with the steps that are taken back it goes towards the dashed one's
+    (experiments/checkpoints). A median of ∞ is drawn at the upper end, as a triangle.
 
     Raises:
         InputError: matplotlib is missing.
@@ -55,9 +57,18 @@ def draw(points: Sequence[Point], path: Path) -> None:
             capped = median >= cap
             axes.plot(x[capped], median[capped], "^", color=color, markersize=9)
         if has_rates:
-            rates = [(places[p.checkpoint.label], p.lr) for p in own if p.lr]
-            x, lr = np.array(rates).T
-            axes.plot(x, 2 / lr, color=VERMILION, linewidth=1.3, label=r"$2/\eta$")
+            known = [point for point in own if point.own]
+            x = np.array([places[point.checkpoint.label] for point in known])
+            first, lr, edge, preconditioned = (
+                np.array([(point.own or {}).get(field) for point in known], dtype=float)
+                for field in OWN.values()
+            )
+            axes.plot(x, first, "x", color=BLUE, markersize=9, label="as in the training")
+            axes.plot(x, edge, color=VERMILION, linewidth=1.3, label=r"$2/\eta-\gamma$")
+            axes.plot(
+                x, preconditioned, color=VERMILION, linewidth=1.3, linestyle=(0, (4, 2)),
+                label=r"$\frac{1+\beta_1}{1-\beta_1}(2/\eta-\gamma)$",
+            )  # fmt: skip
             panels[1].plot(x, lr, color=GREEN, marker="o")
             panels[1].set_title(r"learning rate $\eta$")
             panels[1].set_ylim(bottom=0)

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,22 @@ class Point:
         batch: ``train``, or the name of other data.
         values: λ_c of each batch that has one, in [0, ∞].
         endings: how the measurements ended.
-        lr: η of the run at the checkpoint, where it is known.
         sha256: of the model, before and after.
+        own: the first step's record where its moments and its learning rate are the checkpoint's:
+            the step that the training itself made next. None otherwise.
     """
 
     checkpoint: Checkpoint
     batch: str
     values: tuple[float, ...]
     endings: Counter[str]
-    lr: float | None
     sha256: str
+    own: Mapping[str, Any] | None
+
+    @property
+    def lr(self) -> float | None:
+        """η of the run at the checkpoint, where it is known."""
+        return self.own["lr"] if self.own else None
 
     @property
     def finite(self) -> tuple[float, ...]:
@@ -56,7 +62,7 @@ class Point:
 
 
 def read_points(
-    checkpoint: Checkpoint, records: Path, sha256: str, *, lr_is_its_own: bool
+    checkpoint: Checkpoint, records: Path, sha256: str, *, own_moments: bool
 ) -> list[Point]:
     """The points of one checkpoint's records, the step's own batch first."""
     batches: dict[str, list[dict[str, Any]]] = {}
@@ -75,11 +81,20 @@ def read_points(
                 batch,
                 values=tuple(value for value in values if value is not None),
                 endings=Counter(record["status"] for record in found),
-                lr=found[0]["lr"] if lr_is_its_own else None,
                 sha256=sha256,
+                own=found[0] if own_moments else None,
             )
         )
     return points
+
+
+#: What a table has of a point's own record: column → field.
+OWN = {
+    "first": "critical_sharpness",
+    "lr": "lr",
+    "edge_of_stability": "edge_of_stability",
+    "edge_of_stability_preconditioned": "edge_of_stability_preconditioned",
+}
 
 
 def write_table(path: Path, points: Sequence[Point]) -> None:
@@ -88,15 +103,15 @@ def write_table(path: Path, points: Sequence[Point]) -> None:
         table = csv.writer(file)
         table.writerow(
             ["checkpoint", "iteration", "tokens", "batch", "batches", "mean", "median", "std",
-             "q16", "q84", "rises_at_once", "lr", "edge_of_stability", "endings", "sha256"]
+             "q16", "q84", "rises_at_once", *OWN, "endings", "sha256"]
         )  # fmt: skip
         for p in points:
             endings = " ".join(f"{status}:{n}" for status, n in sorted(p.endings.items()))
+            own = [(p.own or {}).get(field) for field in OWN.values()]
             table.writerow(
                 [p.checkpoint.label, p.checkpoint.iteration, p.checkpoint.tokens, p.batch,
                  len(p.values), p.mean, p.quantile(0.5), p.std, p.quantile(0.16), p.quantile(0.84),
-                 len(p.values) - len(p.finite), p.lr, 2 / p.lr if p.lr else None, endings,
-                 p.sha256]
+                 len(p.values) - len(p.finite), *own, endings, p.sha256]
             )  # fmt: skip
 
 

@@ -239,7 +239,7 @@ class Series:
         """What was measured at a checkpoint, the step's own batch first."""
         report = json.loads(self._path(checkpoint, ".json").read_text())
         records = self._path(checkpoint, ".jsonl")
-        return read_points(checkpoint, records, report["sha256"], lr_is_its_own=self.own_moments)
+        return read_points(checkpoint, records, report["sha256"], own_moments=self.own_moments)
 
     def _run(self, frozen: Frozen, checkpoint: Checkpoint, records: Path, shown: str) -> Report:
         if checkpoint.problem is not None:

@@ -37,6 +37,7 @@ with open(given("--critical-sharpness-log"), "w") as file:
         rises = (i - first) % 3 == 0
         record = dict(
             iteration=i, batch="train", lr=1 / step, seconds=0.5, evaluations=4,
+            edge_of_stability=2 * step, edge_of_stability_preconditioned=38 * step,
             status="not_descent" if rises else "found",
             critical_sharpness=None if rises else step + (i - first) % 3,
         )
@@ -97,7 +98,9 @@ def test_the_series_of_a_run_with_its_own_moments(
         assert float(row["mean"]) == n + 1.5 and float(row["median"]) == n + 2
         assert row["batches"] == "6" and row["rises_at_once"] == "2"
         assert float(row["lr"]) == pytest.approx(1 / n)
-        assert float(row["edge_of_stability"]) == pytest.approx(2 * n)
+        assert float(row["edge_of_stability"]) == 2 * n
+        assert float(row["edge_of_stability_preconditioned"]) == 38 * n
+        assert float(row["first"]) == n + 1
         assert row["sha256"] == "ab" * 32 and row["endings"] == "found:4 not_descent:2"
     assert (out / "checkpoints.png").stat().st_size > 10_000
 

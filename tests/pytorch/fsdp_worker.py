@@ -111,6 +111,21 @@ def pretrained(configuration: str, out: str, *flags: str) -> None:
     time.sleep(0.1)  # see the end of train_fsdp.main
 
 
+def olmo(out: str) -> None:
+    """Three OLMo-2 of two layers, with random weights."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "olmo2", vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, bos_token_id=None, eos_token_id=256,
+        pad_token_id=None,
+    )  # fmt: skip
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(Path(out, f"step{step}-tokens{2 * step}B"))
+
+
 def same_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
     weights = model.state_dict()
     assert weights.keys() == expected.keys()
@@ -154,6 +169,22 @@ def dataset(folder: str, out: str, *flags: str) -> None:
         args.seq_length, args.seed = 8, 1
         samples = fsdp_data.read_samples(args, fsdp_data.bytes_as_tokens)
         read.append([samples[i].tolist() for i in range(samples.count)])
+    # As streams: the documents' own order, one after the other, and again from the beginning.
+    for name in (folder, disk):
+        args = fsdp_arguments.parse_arguments(
+            [*flags, "--hf-dataset", name, "--hf-dataset-streaming"]
+        )
+        args.seq_length = 8
+        stream = fsdp_data.read_samples(args, fsdp_data.bytes_as_tokens)
+        read.append([stream[i].tolist() for i in range(samples.count + 2)])
+        assert [stream[i].tolist() for i in (7, 2, 3)] == [read[-1][i] for i in (7, 2, 3)]
+        args.json_key = "none"
+        try:
+            fsdp_data.read_samples(args, fsdp_data.bytes_as_tokens)
+        except InputError as error:
+            assert "--json-key none" in str(error) and "body" in str(error)
+        else:
+            raise AssertionError("a column that is not there")
     Path(out, "samples.json").write_text(json.dumps(read))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sharpness.data import python_code, python_prose, write_dataset
+from megatron_sharpness.data import END_OF_DOCUMENT, python_code, python_prose, write_dataset
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.frozen_runs import REPORT
 from tests.megatron.harness import other_data
@@ -158,6 +158,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         "off, resumed on": f"{RUN} {EVERY} 2",
         "on, resumed off": RUN,
         "plain": f"{PLAIN} {EVERY} 2",
+        "offloaded": f"{PLAIN} {EVERY} 2 --fsdp-cpu-offload",
     }
     if importlib.util.find_spec("megatron"):
         for name, documents in (("prose", python_prose()), ("code", python_code())):
@@ -287,6 +288,13 @@ def test_the_number_of_processes_does_not_change_the_training(
     for alone, together in zip(one.records, two.records, strict=True):
         assert alone["critical_lr"] == pytest.approx(together["critical_lr"], rel=1e-2)
         assert alone["update_norm"] == pytest.approx(together["update_norm"], rel=1e-2)
+
+
+def test_parameters_in_host_memory_train_and_measure_the_same(runs: Callable[[str], Run]) -> None:
+    plain, offloaded = runs("plain"), runs("offloaded")
+    assert offloaded.training_lines == plain.training_lines
+    assert offloaded.all_records == plain.all_records
+    assert differing(offloaded.checkpoint(6), plain.checkpoint(6)) == []
 
 
 def test_tensorboard_has_megatrons_tags(runs: Callable[[str], Run]) -> None:
@@ -475,8 +483,12 @@ def test_a_hugging_face_dataset_holds_the_same_samples(
         DATASETS, "dataset", str(file.parent), str(tmp_path), *NO_DATA.split(),
         HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1",
     )  # fmt: skip
-    of_files, of_disk, of_splits = json.loads((tmp_path / "samples.json").read_text())
+    of_files, of_disk, of_splits, *streams = json.loads((tmp_path / "samples.json").read_text())
     assert of_files == of_disk == of_splits == samples_of(monkeypatch, f"--jsonl {file}")
+    tokens = [token for text in TEXTS for token in [*text.encode(), END_OF_DOCUMENT]]
+    twice = tokens * 2
+    in_a_row = [twice[start : start + 9] for start in range(0, 8 * (len(of_files) + 2), 8)]
+    assert streams == [in_a_row, in_a_row]
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, flags: str) -> argparse.Namespace:
