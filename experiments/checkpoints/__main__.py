@@ -40,7 +40,7 @@ def draw(runs: dict[str, list[training.Row]], path: Path) -> None:
         right.set_yscale("log")
         right.set_xlabel("steps taken back since the checkpoint")
         right.set_title(r"$\lambda_c$ / $\lambda_c$ in the run")
-        right.legend(frameon=False, fontsize="small")
+        right.legend(frameon=False, fontsize="small", loc=(0.72, 0.62))
 
 
 def _draw_series(axis: Any, runs: dict[str, list[training.Row]]) -> None:

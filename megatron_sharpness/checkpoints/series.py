@@ -128,8 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     series = Series(out, frozen, own_moments=arguments.moments == "checkpoint")
     missing = [c for c in checkpoints if not series.is_done(c)]
     print(f"{len(checkpoints)} checkpoints, of which {len(checkpoints) - len(missing)} are done")
-    skipped = series.estimate(missing) if missing else {}
-    if arguments.estimate:
+    skipped = series.estimate(missing)
+    if arguments.estimate and len(skipped) < len(missing):
         return SKIPPED if skipped else 0
     began = time.monotonic()
     todo = [checkpoint for checkpoint in missing if checkpoint.label not in skipped]
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
             said = series.measure(checkpoint, f"{checkpoint.label}, {number} of {len(todo)}")
         except RunFailed as error:
             skipped[checkpoint.label] = str(error)
-            said = f"skipped: {error}"
+            said = f"skipped: {error}".rstrip()
         took = time.monotonic() - began
         left = took / number * (len(todo) - number)
         print(
@@ -207,10 +207,7 @@ class Series:
         """Time the first steps on a checkpoint that can be read, and print what all will cost.
 
         Returns:
-            Why those before it cannot be read, by label.
-
-        Raises:
-            InputError: none can be read.
+            Why those before it cannot be read, by label; all of them, maybe.
         """
         probe = Frozen(
             training=self.frozen.training,
@@ -225,15 +222,15 @@ class Series:
             try:
                 report = self._run(probe, checkpoint, records, f"timing {checkpoint.label}")
             except RunFailed as error:
-                print(f"{checkpoint.label}: skipped: {error}", flush=True)
+                print(f"{checkpoint.label}: skipped: {error}".rstrip(), flush=True)
                 unreadable[checkpoint.label] = str(error)
                 continue
             lines = [json.loads(line) for line in records.read_text().splitlines()]
             cost = Cost.of(report, lines, steps=probe.accumulate + 1)
             count = len(missing) - len(unreadable)
             print(cost.text(checkpoint.label, count, self.frozen), flush=True)
-            return unreadable
-        raise InputError(f"--out {self.out}: none of the checkpoints could be read; see above")
+            break
+        return unreadable
 
     def read(self, checkpoint: Checkpoint) -> list[Point]:
         """What was measured at a checkpoint, the step's own batch first."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_sharpness import cli
+from tests.processes import ROOT
 
 SAID = (
     f"critical sharpness, frozen: parameters and buffers are what they were, sha256 {'ab' * 32} | "
@@ -153,6 +154,7 @@ def test_broken_checkpoints_are_reported_and_skipped_and_the_exit_status_says_so
     assert "cannot read it" in said
     assert "2 of 3 were skipped: iter_0000020, iter_0000060" in said
     assert [row["iteration"] for row in table(out)] == ["40"]
+    assert measure(out, "--load", str(run_folder)) == 3  # and nothing but these is left to do
     # Mended, they are done too.
     (run_folder / "iter_0000020" / ".metadata").touch()
     (run_folder / "iter_0000060" / "broken").unlink()
@@ -165,8 +167,9 @@ def test_where_none_can_be_read_that_is_an_error(
 ) -> None:
     for path in run_folder.glob("iter_*"):
         (path / "broken").touch()
-    assert measure(tmp_path / "out", "--load", str(run_folder)) == 1
-    assert "none of the checkpoints could be read" in capsys.readouterr().err
+    for flags in ([], ["--estimate"]):
+        assert measure(tmp_path / "out", "--load", str(run_folder), *flags) == 1
+        assert "none of the checkpoints could be measured" in capsys.readouterr().err
 
 
 def test_estimate_prints_the_cost_and_ends(
@@ -242,3 +245,14 @@ def test_flags_that_the_series_gives_are_refused(
     argv = ["checkpoints", "--out", str(tmp_path / "out"), "--load", str(run_folder)]
     assert cli.main([*argv, "--", "torchrun", "script.py", flag]) == 1
     assert f"{flag} in the training command" in capsys.readouterr().err
+
+
+def test_the_series_of_the_configuration_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = ROOT / "configs" / "olmo2_7b.checkpoints"
+    assert cli.main(["checkpoints", f"@{config}", "--out", str(tmp_path / "o"), "--", "true"]) == 1
+    said = capsys.readouterr().err
+    assert "--revisions stage1-step1000-*" in said
+    assert "the branches of allenai/OLMo-2-1124-7B cannot be listed" in said
