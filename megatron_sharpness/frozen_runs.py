@@ -86,7 +86,9 @@ class Frozen:
         text = log.read_text(errors="replace")
         report = REPORT.search(text)
         if code or report is None or self._done(partial) < self.measure:
-            tail = "\n".join(text.splitlines()[-_TAIL:])
+            # torchrun ends a log with a report of its own, in which the error does not stand.
+            said = re.split(r"^.*\] failed \(exitcode: ", text, maxsplit=1, flags=re.MULTILINE)[0]
+            tail = "\n".join(said.splitlines()[-_TAIL:])
             raise RunFailed(
                 f"the training command ended with {code} and {self._done(partial)} of "
                 f"{self.measure} batches measured. The end of {log}:\n{tail}\n"

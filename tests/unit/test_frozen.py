@@ -98,6 +98,14 @@ def test_a_run_without_all_that_was_asked_of_it_fails(command: list[str], tmp_pa
     assert not (tmp_path / "one.jsonl").exists()
 
 
+def test_the_error_is_shown_and_not_torchruns_report_of_it(tmp_path: Path) -> None:
+    report = "E1125 torch/distributed/elastic/api.py:1] failed (exitcode: 1) local_rank: 0\n"
+    said = "AssertionError: no such layer\n" + report + "further\n" * 50
+    with pytest.raises(RunFailed, match="no such layer") as failed:
+        Frozen(script(3, said, 1), accumulate=0, measure=3).run([], tmp_path / "one.jsonl", "one")
+    assert "exitcode" not in str(failed.value) and "further" not in str(failed.value)
+
+
 def test_a_folder_goes_on_with_the_same_settings_alone(tmp_path: Path) -> None:
     keep_settings(tmp_path / "out", {"measure": 3, "training": ["a"]})
     keep_settings(tmp_path / "out", {"measure": 3, "training": ["a"]})
