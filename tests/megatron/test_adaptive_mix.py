@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(
-    folder: Path, data: Path, flags: str = "", *, prose: float = 0.25, processes: int = 1
-) -> Run:
+def train(folder: Path, data: Path, flags: str = "", *, prose: float = 0.25, **options: Any) -> Run:
     """With this share of prose at the start; 1 is prose alone, without ``--adaptive-mix``."""
     given = f"--data-path {data}/prose"
     if prose < 1:
@@ -35,7 +34,7 @@ def train(
         given += " --adaptive-mix prose code --adaptive-mix-every 1"
     given += f" --data-cache-path {data}/cache"
     given += f" --critical-sharpness-eval-data prose={data}/prose code={data}/code"
-    return run(folder, f"{given} {flags}", processes=processes, every=EVERY, model=TRAINING)
+    return run(folder, f"{given} {flags}", every=EVERY, model=TRAINING, **options)
 
 
 def shares(result: Run) -> list[float]:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.megatron.harness import MODEL, ROOT, Run, finish, run, start
+from megatron_sharpness.frozen_runs import REPORT
+from tests.megatron.harness import MODEL, ROOT, Run, finish, other_data, run, start
+from tests.megatron.test_adaptive_mix import data, shares, train
+
+__all__ = ["data"]  # a fixture
+
+LAUNCH = ROOT / "launch" / "pretrain_gpt.py"
 
 CHECKOUT = os.environ.get("MEGATRON_LM")
 pytestmark = pytest.mark.skipif(
@@ -35,9 +41,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_run_time(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     folder = tmp_path_factory.mktemp("run-time")
     script = checkout / "pretrain_gpt.py"
+    others = f" --critical-sharpness-eval-data sums={other_data(folder)}"
     plain, measured = (
-        run(folder / str(every), FLAGS, processes=2, every=every, script=script,
-            pythonpath=[str(checkout)]).expect_success()
+        run(folder / str(every), FLAGS + others * bool(every), processes=2, every=every,
+            script=script, pythonpath=[str(checkout)]).expect_success()
         for every in (0, 2)
     )  # fmt: skip
     return plain, measured
@@ -47,12 +54,27 @@ def test_the_unmodified_script_is_measured(at_run_time: tuple[Run, Run]) -> None
     plain, measured = at_run_time
     assert measured.training_lines == plain.training_lines
     assert [record["status"] for record in measured.records] == ["found"] * 3
+    # The script's own micro-batches can be made of other data.
+    assert {record["status"] for record in measured.relative_records} <= {"found", "not_descent"}
+
+
+def test_our_script_follows_a_mix_and_takes_frozen_steps_back(
+    checkout: Path, data: Path, tmp_path: Path
+) -> None:
+    options = {"script": LAUNCH, "pythonpath": [str(checkout)]}
+    followed = train(tmp_path / "followed", data, processes=2, **options).expect_success()
+    assert len(shares(followed)) == 3
+    frozen = train(
+        tmp_path / "frozen", data, "--critical-sharpness-frozen 2", prose=1, processes=2, **options
+    ).expect_success()
+    assert REPORT.search(frozen.output)
+    assert [record["iteration"] for record in frozen.records] == [4, 6]
 
 
 def test_the_patched_checkout_measures_the_same_without_our_launcher(
     checkout: Path, at_run_time: tuple[Run, Run], tmp_path: Path
 ) -> None:
-    _, hooked = at_run_time
+    hooked = at_run_time[1]
     apply = [str(ROOT / "patches" / "apply.sh")]
     subprocess.run([*apply, str(checkout)], check=True)
     try:
@@ -67,7 +89,8 @@ def test_the_patched_checkout_measures_the_same_without_our_launcher(
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         )
         processes = start(
-            tmp_path, FLAGS, processes=2, every=2, script=script, module=None,
+            tmp_path, f"{FLAGS} --critical-sharpness-eval-data sums={other_data(tmp_path)}",
+            processes=2, every=2, script=script, module=None,
             pythonpath=[str(checkout)], model=f"{checkout / 'pretrain_gpt.py'} {MODEL}",
         )  # fmt: skip
         patched = finish(processes, tmp_path, timeout=180.0).expect_success()
