@@ -6,8 +6,10 @@ layout; what differs from a training run are flags that are added.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -28,6 +30,63 @@ REPORT = re.compile(
 
 #: Lines of a failed run's log that its error shows.
 _TAIL = 15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that all sweeps have, those of :class:`Frozen` but for ``--accumulate``."""
+    parser.fromfile_prefix_chars = "@"
+    parser.convert_arg_line_to_args = (  # type: ignore[method-assign]
+        lambda arg_line: shlex.split(arg_line, comments=True)
+    )
+    parser.epilog = "@FILE reads flags from a file, as there are in configs/."
+    parser.add_argument(
+        "training", nargs="+", metavar="-- COMMAND", help="what trains: torchrun … with its flags"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
+    parser.add_argument(
+        "--measure",
+        type=int,
+        default=100,
+        metavar="M",
+        help="steps that are measured, each with a batch of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--eval-data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="other data to measure too, as --critical-sharpness-eval-data takes them",
+    )
+    parser.add_argument(
+        "--eval-samples", type=int, metavar="N", help="of each (default: --global-batch-size)"
+    )
+
+
+def check(arguments: argparse.Namespace, forbidden: Sequence[str]) -> None:
+    """Refuse what can be refused of these before anything runs.
+
+    Args:
+        arguments: parsed.
+        forbidden: flags of the training command that the sweep gives itself.
+
+    Raises:
+        InputError: names the flag, the value, the reason and the remedy.
+    """
+    for name in ("measure", "eval_samples"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value}: a number of steps or samples; give 1 or more"
+            )
+    try:
+        evaluation.parse(arguments.eval_data)
+    except InputError as error:
+        raise InputError(str(error).replace(evaluation.FLAG, "--eval-data")) from None
+    for flag in ("--save", "--train-samples", *forbidden):
+        if any(re.fullmatch(rf"{flag}(=.*)?", word) for word in arguments.training):
+            raise InputError(
+                f"{flag} in the training command: the sweep gives or forbids it; leave it out"
+            )
 
 
 class RunFailed(InputError):
@@ -51,6 +110,17 @@ class Frozen:
     measure: int
     eval_data: Sequence[str] = ()
     eval_samples: int | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, accumulate: int) -> Frozen:
+        """From what :func:`add_arguments` has added."""
+        return cls(
+            training=arguments.training,
+            accumulate=accumulate,
+            measure=arguments.measure,
+            eval_data=arguments.eval_data,
+            eval_samples=arguments.eval_samples,
+        )
 
     def run(self, flags: Sequence[str], records: Path, shown: str, *, begin: int = 0) -> Report:
         """One run of the training command; its records are there when it is over.
@@ -165,17 +235,4 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"--out {out}: it holds what was measured with {name} {before.get(name)!r}, and "
                 f"this is {value!r}; give the same, or another folder"
-            )
-
-
-def check_training(training: Sequence[str], refused: Sequence[str]) -> None:
-    """Refuse flags of the training command that a sweep gives itself, or that train.
-
-    Raises:
-        InputError: names the flag.
-    """
-    for flag in ("--save", "--train-samples", *refused):
-        if any(re.fullmatch(rf"{flag}(=.*)?", word) for word in training):
-            raise InputError(
-                f"{flag} in the training command: the sweep gives or forbids it; leave it out"
             )

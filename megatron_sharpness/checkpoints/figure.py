@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sharpness.checkpoints.points import OWN, Point
-from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import TRAIN
-from megatron_sharpness.report.figure import BLUE, GREEN, RUN_COLORS, STYLE, VERMILION
+from megatron_sharpness.report.figure import BLUE, GREEN, RUN_COLORS, VERMILION, png
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
@@ -22,20 +21,12 @@ def draw(points: Sequence[Point], path: Path) -> None:
     (experiments/checkpoints). A median of ∞ is drawn at the upper end, as a triangle.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: it cannot be written, or matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{path}: a figure needs matplotlib ({error}); pip install matplotlib"
-        ) from error
     label, places = _places(points)
     own = [point for point in points if point.batch == TRAIN]
     has_rates = any(point.lr for point in own)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 7 if has_rates else 5), dpi=160, layout="constrained")
+    with png(path, (8, 7 if has_rates else 5), layout="constrained") as figure:
         panels = figure.subplots(
             2 if has_rates else 1, 1, sharex=True, squeeze=False,
             height_ratios=[3, 1] if has_rates else [1],
@@ -76,7 +67,6 @@ def draw(points: Sequence[Point], path: Path) -> None:
         axes.set_title("Critical sharpness at the checkpoints, and over 68 % of the batches")
         axes.legend(frameon=False)
         panels[-1].set_xlabel(label)
-        figure.savefig(path)
 
 
 def _places(points: Sequence[Point]) -> tuple[str, dict[str, float]]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_sharpness import evaluation
+from megatron_sharpness import frozen_runs
 from megatron_sharpness.checkpoints.cost import Cost
 from megatron_sharpness.checkpoints.points import (
     Point,
@@ -25,13 +24,7 @@ from megatron_sharpness.checkpoints.points import (
 )
 from megatron_sharpness.checkpoints.sources import Checkpoint, in_folder, of_hugging_face
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.frozen_runs import (
-    Frozen,
-    Report,
-    RunFailed,
-    check_training,
-    keep_settings,
-)
+from megatron_sharpness.frozen_runs import Frozen, Report, RunFailed, keep_settings
 
 #: Exit status where checkpoints were skipped.
 SKIPPED = 3
@@ -39,21 +32,11 @@ SKIPPED = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``megatron-sharpness checkpoints``."""
-    parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = (  # type: ignore[method-assign]
-        lambda arg_line: shlex.split(arg_line, comments=True)
-    )
+    frozen_runs.add_arguments(parser)
     parser.epilog = (
-        "@FILE reads flags from a file, as configs/olmo2_7b.checkpoints. The exit status is 0, "
-        f"{SKIPPED} where a checkpoint was skipped, and 1 where nothing could be done."
+        f"{parser.epilog} The exit status is 0, {SKIPPED} where a checkpoint was skipped, and 1 "
+        "where nothing could be done."
     )
-    parser.add_argument(
-        "training",
-        nargs="+",
-        metavar="-- COMMAND",
-        help="what trains: torchrun … with the run's own flags, without --load and --save",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--load",
@@ -84,21 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint for --load, warm:100 for --hf-model)",
     )
     parser.add_argument(
-        "--measure",
-        type=int,
-        default=100,
-        metavar="M",
-        help="steps that are measured, each with a batch of its own (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--eval-data",
-        nargs="+",
-        default=[],
-        metavar="NAME=PREFIX",
-        help="other data to measure too, as --critical-sharpness-eval-data takes them",
-    )
-    parser.add_argument("--eval-samples", type=int, metavar="N", help="of each")
-    parser.add_argument(
         "--estimate",
         action="store_true",
         help="make a step or two on the first checkpoint, print what all will cost, and end",
@@ -118,14 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     kept = ("moments", "measure", "eval_data", "eval_samples", "training")
     keep_settings(out, {name: getattr(arguments, name) for name in kept})
-    frozen = Frozen(
-        training=arguments.training,
-        accumulate=accumulate,
-        measure=arguments.measure,
-        eval_data=arguments.eval_data,
-        eval_samples=arguments.eval_samples,
-    )
-    series = Series(out, frozen, own_moments=arguments.moments == "checkpoint")
+    own_moments = arguments.moments == "checkpoint"
+    series = Series(out, Frozen.of(arguments, accumulate), own_moments=own_moments)
     missing = [c for c in checkpoints if not series.is_done(c)]
     print(f"{len(checkpoints)} checkpoints, of which {len(checkpoints) - len(missing)} are done")
     skipped = series.estimate(missing)
@@ -209,13 +171,7 @@ class Series:
         Returns:
             Why those before it cannot be read, by label; all of them, maybe.
         """
-        probe = Frozen(
-            training=self.frozen.training,
-            accumulate=min(1, self.frozen.accumulate),
-            measure=1,
-            eval_data=self.frozen.eval_data,
-            eval_samples=self.frozen.eval_samples,
-        )
+        probe = replace(self.frozen, accumulate=min(1, self.frozen.accumulate), measure=1)
         unreadable: dict[str, str] = {}
         records = self.out / "estimate.jsonl"
         for checkpoint in missing:
@@ -260,15 +216,7 @@ def _check(arguments: argparse.Namespace) -> tuple[int, list[Checkpoint]]:
             "--moments checkpoint: checkpoints in the Hugging Face format hold no optimizer; give "
             "warm:100"
         )
-    for name in ("measure", "eval_samples"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: a number of steps or samples")
-    try:
-        evaluation.parse(arguments.eval_data)
-    except InputError as error:
-        raise InputError(str(error).replace(evaluation.FLAG, "--eval-data")) from None
-    check_training(arguments.training, ["--load", "--hf-model", "--finetune"])
+    frozen_runs.check(arguments, ["--load", "--hf-model", "--finetune"])
     if arguments.load:
         if arguments.revisions:
             raise InputError("--revisions: they are of --hf-model; give --iterations")

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sharpness.errors import InputError
 from megatron_sharpness.relative.recommendation import Recommendation
-from megatron_sharpness.report.figure import INK, MUTED, RUN_COLORS, STYLE
+from megatron_sharpness.report.figure import INK, MUTED, RUN_COLORS, png
 
 
 def draw(
@@ -23,19 +22,10 @@ def draw(
     """:func:`draw_sweep` as a PNG.
 
     Raises:
-        InputError: matplotlib is missing.
+        InputError: it cannot be written, or matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{path}: a figure needs matplotlib ({error}); pip install matplotlib"
-        ) from error
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 5.5), dpi=160, layout="constrained")
+    with png(path, (8, 5.5), layout="constrained") as figure:
         draw_sweep(figure.subplots(), values, advice, name)
-        figure.savefig(path)
 
 
 def draw_sweep(

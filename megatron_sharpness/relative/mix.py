@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import math
-import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sharpness import evaluation
+from megatron_sharpness import frozen_runs
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.frozen_runs import Frozen, RunFailed, check_training, keep_settings
+from megatron_sharpness.frozen_runs import Frozen, RunFailed, keep_settings
 from megatron_sharpness.measurement import TRAIN
 from megatron_sharpness.relative.mixture import weights_at
 from megatron_sharpness.relative.recommendation import Recommendation, recommend
@@ -38,19 +37,7 @@ Values = dict[float, dict[str, list[float]]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``megatron-sharpness mix``."""
-    parser.fromfile_prefix_chars = "@"
-    parser.convert_arg_line_to_args = (  # type: ignore[method-assign]
-        lambda arg_line: shlex.split(arg_line, comments=True)
-    )
-    parser.epilog = "@FILE reads flags from a file, as configs/olmo2_midtraining.mix."
-    parser.add_argument(
-        "training",
-        nargs="+",
-        metavar="-- COMMAND",
-        help="what trains: torchrun … with its flags, --load and --finetune among them, without "
-        "--data-path and --save",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
+    frozen_runs.add_arguments(parser)
     parser.add_argument(
         "--vary", required=True, metavar="PREFIX", help="the data whose share varies"
     )
@@ -70,28 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the data that varies, between 0 and 1 (default: %(default)s)",
     )
     parser.add_argument(
-        "--eval-data",
-        nargs="+",
-        required=True,
-        metavar="NAME=PREFIX",
-        help="tasks, as --critical-sharpness-eval-data takes them",
-    )
-    parser.add_argument(
-        "--eval-samples", type=int, metavar="N", help="of each (default: --global-batch-size)"
-    )
-    parser.add_argument(
         "--accumulate",
         type=int,
         default=100,
         metavar="N",
         help="batches that the moments are accumulated over (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--measure",
-        type=int,
-        default=100,
-        metavar="M",
-        help="batches that are measured after them (default: %(default)s)",
     )
 
 
@@ -105,13 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     kept = ("vary", "fixed", "eval_data", "eval_samples", "accumulate", "measure", "training")
     keep_settings(out, {name: getattr(arguments, name) for name in kept})
-    frozen = Frozen(
-        training=arguments.training,
-        accumulate=arguments.accumulate,
-        measure=arguments.measure,
-        eval_data=arguments.eval_data,
-        eval_samples=arguments.eval_samples,
-    )
+    frozen = Frozen.of(arguments, arguments.accumulate)
     shares = sorted(set(arguments.shares))
     missing = [share for share in shares if not _records(out, share).exists()]
     if len(missing) < len(shares):
@@ -252,10 +216,10 @@ def _check(arguments: argparse.Namespace) -> list[tuple[float, str]]:
     for share in arguments.shares:
         if not 0.0 <= share <= 1.0:
             raise InputError(f"--shares {share:g}: a share of the data lies between 0 and 1")
-    for name in ("accumulate", "measure", "eval_samples"):
-        value = getattr(arguments, name)
-        if value is not None and value < (name != "accumulate"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: a number of batches or samples")
+    if arguments.accumulate < 0:
+        raise InputError(f"--accumulate {arguments.accumulate}: a number of steps; give 0 or more")
+    if not arguments.eval_data:
+        raise InputError("--eval-data: missing; give the tasks, NAME=PREFIX …")
     given = arguments.fixed
     try:
         fixed = [(float(w), p) for w, p in zip(given[::2], given[1::2], strict=True)]
@@ -272,9 +236,5 @@ def _check(arguments: argparse.Namespace) -> list[tuple[float, str]]:
                     f"{flag} {prefix}: there is no {prefix}{suffix}; give the path of both "
                     "without the suffix (megatron-sharpness tokenize writes them)"
                 )
-    try:
-        evaluation.parse(arguments.eval_data)
-    except InputError as error:
-        raise InputError(str(error).replace(evaluation.FLAG, "--eval-data")) from None
-    check_training(arguments.training, ["--data-path"])
+    frozen_runs.check(arguments, ["--data-path"])
     return fixed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,20 @@ def draw(runs: list[Run], path: Path) -> None:
     Raises:
         InputError: ``path`` cannot be written, or matplotlib is missing.
     """
+    with png(path, (10, 8.75 if len(runs) == 1 else 13.75)) as figure:
+        if len(runs) == 1:
+            _draw_run(figure, runs[0])
+        else:
+            _draw_overlay(figure, runs)
+
+
+@contextlib.contextmanager
+def png(path: Path, size: tuple[float, float], **options: Any) -> Iterator[Any]:
+    """A figure of this size in inches, which is saved in the end.
+
+    Raises:
+        InputError: ``path`` cannot be written, or matplotlib is missing.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -72,14 +88,9 @@ def draw(runs: list[Run], path: Path) -> None:
         raise InputError(
             f"--out {path}: a .png needs matplotlib ({error}); pip install matplotlib"
         ) from error
-
     with rc_context(STYLE):
-        if len(runs) == 1:
-            figure = Figure(figsize=(10, 8.75), dpi=160)
-            _draw_run(figure, runs[0])
-        else:
-            figure = Figure(figsize=(10, 13.75), dpi=160)
-            _draw_overlay(figure, runs)
+        figure = Figure(figsize=size, dpi=160, **options)
+        yield figure
         try:
             figure.savefig(path)
         except (OSError, ValueError) as error:

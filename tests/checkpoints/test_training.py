@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sharpness import cli
-from megatron_sharpness.data import python_prose, write_dataset
+from tests.domains import write_domains
 from tests.processes import ROOT, free_port, start_ranks
 from tests.pytorch.test_train_fsdp import TRANSFORMERS
 
@@ -28,11 +28,7 @@ IN_RUN = "--measure-critical-sharpness-every 1 --save-interval 4"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("megatron.core", reason="needs megatron-core")
-    folder = tmp_path_factory.mktemp("data")
-    documents = python_prose()
-    write_dataset(folder / "prose", [next(documents)[:20000] for _ in range(5)])
-    return folder
+    return write_domains(tmp_path_factory.mktemp("data"))
 
 
 def flags(script: str, data: Path) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sharpness.data import python_code, python_prose, write_dataset
 from tests.digest import hash_of
+from tests.domains import write_domains
 from tests.megatron.harness import MODEL, Run, run
 
 TRAINING = MODEL.replace("--mock-data", "").replace("dropout 0.1", "dropout 0")
@@ -19,11 +19,7 @@ EVERY = 2
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("megatron.core", reason="needs megatron-core")
-    folder = tmp_path_factory.mktemp("data")
-    for name, documents in (("prose", python_prose()), ("code", python_code())):
-        write_dataset(folder / name, [next(documents)[:20000] for _ in range(5)])
-    return folder
+    return write_domains(tmp_path_factory.mktemp("data"))
 
 
 def train(folder: Path, data: Path, flags: str = "", *, prose: float = 0.25, **options: Any) -> Run:

@@ -21,9 +21,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sharpness.data import END_OF_DOCUMENT, python_code, python_prose, write_dataset
+from megatron_sharpness.data import END_OF_DOCUMENT, write_dataset
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.frozen_runs import REPORT
+from tests.domains import write_domains
 from tests.megatron.harness import other_data
 from tests.processes import ROOT, free_port, start_ranks
 from tests.trainers.harness import require
@@ -161,8 +162,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         "offloaded": f"{PLAIN} {EVERY} 2 --fsdp-cpu-offload",
     }
     if importlib.util.find_spec("megatron"):
-        for name, documents in (("prose", python_prose()), ("code", python_code())):
-            write_dataset(folder / name, [next(documents)[:20000] for _ in range(3)])
+        write_domains(folder)
         mix = f"{PLAIN.replace(TEXT, '')} --data-path 1 {folder}/prose 3 {folder}/code"
         mix += f" --critical-sharpness-eval-data prose={folder}/prose code={folder}/code {EVERY} 1"
         mix += " --adaptive-mix prose code --adaptive-mix-every 3 --save-interval 3"

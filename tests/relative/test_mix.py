@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_sharpness import cli
-from megatron_sharpness.data import python_code, python_prose, write_dataset
 from megatron_sharpness.relative import mix
+from tests.domains import write_domains
 from tests.processes import ROOT, free_port
 
 MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64
@@ -24,11 +24,7 @@ MEGATRON = """--tokenizer-type NullTokenizer --split 100,0,0 --eval-iters 0 --ev
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("megatron.core", reason="needs megatron-core")
-    folder = tmp_path_factory.mktemp("data")
-    for name, documents in (("prose", python_prose()), ("code", python_code())):
-        write_dataset(folder / name, [next(documents)[:20000] for _ in range(5)])
-    return folder
+    return write_domains(tmp_path_factory.mktemp("data"))
 
 
 def command(script: str, data: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from megatron_sharpness.frozen_runs import (
     REPORT,
     Frozen,
     RunFailed,
-    check_training,
+    add_arguments,
+    check,
     keep_settings,
 )
 
@@ -118,6 +120,9 @@ def test_a_folder_goes_on_with_the_same_settings_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--save", "--save=x", "--train-samples", "--load", "--load=y"])
 def test_flags_that_the_sweep_gives_are_refused(flag: str) -> None:
-    check_training(["torchrun", "--save-interval", "3", "--lr", "1"], ["--load"])
-    with pytest.raises(InputError, match="in the training command"):
-        check_training(["torchrun", "script.py", flag], ["--load"])
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    start = ["--out", "out", "--", "torchrun"]
+    check(parser.parse_args([*start, "--save-interval", "3", "--lr", "1"]), ["--load"])
+    with pytest.raises(InputError, match=f"{flag.partition('=')[0]} in the training command"):
+        check(parser.parse_args([*start, "script.py", flag]), ["--load"])
