@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +38,34 @@ def learning_rate(schedule: str, peak: float, step: int) -> float:
     return rate
 
 
+def tokens_of(documents: Iterable[bytes]) -> Tensor:
+    """Bytes in a row, with the end of each document."""
+    return torch.from_numpy(
+        np.concatenate(
+            [
+                np.append(np.frombuffer(document, np.uint8).astype(np.int64), END_OF_DOCUMENT)
+                for document in documents
+            ]
+        )
+    )
+
+
+def windows(ids: Tensor, sequences: int, length: int, seed: int) -> Tensor:
+    """Pieces of a text from random places, [sequences, length + 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - length - 1, (sequences,), generator=generator)
+    return torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
+
+
 @functools.cache
 def text() -> Tensor:
-    """Python's language reference as bytes."""
-    documents = [
-        np.append(np.frombuffer(document, np.uint8).astype(np.int64), END_OF_DOCUMENT)
-        for document in python_prose()
-    ]
-    return torch.from_numpy(np.concatenate(documents))
+    """Python's language reference."""
+    return tokens_of(python_prose())
 
 
 def batch_at(step: int, sequences: int = SEQUENCES) -> Tensor:
-    """Tokens of a step, [sequences, length + 1], the same in every run."""
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(len(text()) - LENGTH - 1, (sequences,), generator=generator)
-    return torch.stack([text()[start : start + LENGTH + 1] for start in starts.tolist()])
+    """Tokens of a step, the same in every run."""
+    return windows(text(), sequences, LENGTH, step)
 
 
 def model() -> GPT:

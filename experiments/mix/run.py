@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments import training
-from megatron_sharpness.data import END_OF_DOCUMENT, VOCAB_SIZE, python_code, python_prose
+from experiments.gpt_wsd.run import loss, tokens_of, windows
+from megatron_sharpness.data import VOCAB_SIZE, python_code, python_prose
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.relative.controller import MixController
 from megatron_sharpness.relative.values import relative_sharpness
@@ -82,20 +82,9 @@ def text(source: str) -> tuple[Tensor, Tensor]:
         documents = [f"{line['question']}\n{line['answer']}".encode() for line in lines]
     else:
         documents = [Path(source).read_bytes()]
-    ids = torch.from_numpy(
-        np.concatenate(
-            [np.append(np.frombuffer(d, np.uint8).astype(np.int64), END_OF_DOCUMENT)
-             for d in documents]
-        )
-    )  # fmt: skip
+    ids = tokens_of(documents)
     part = len(ids) * 9 // 10
     return ids[:part], ids[part:]
-
-
-def windows(ids: Tensor, count: int, length: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(ids) - length - 1, (count,), generator=generator)
-    return torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
 
 
 def batch_at(setting: Setting, share: float, step: int) -> Tensor:
@@ -114,12 +103,6 @@ def held_out(setting: Setting) -> dict[str, Tensor]:
         name: windows(text(source)[1], setting.held_out, setting.length, 7).to(setting.device)
         for name, source in (("first", setting.first), ("second", setting.second))
     }
-
-
-def loss(network: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy a token, in nats."""
-    logits = network(tokens[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def new_model(setting: Setting) -> GPT:
