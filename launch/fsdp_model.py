@@ -148,10 +148,14 @@ def shard(args: argparse.Namespace, built: Built, device: torch.device) -> nn.Mo
         fully_shard(layers[i], **options)
     fully_shard(model, **options)
     if any(parameter.is_meta for parameter in model.parameters()):
-        held = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        held = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
         model.to_empty(device="cpu" if args.fsdp_cpu_offload else device)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(held[name])
+        for module, name, buffer in held:  # where they are needed, and with what is in them
+            setattr(module, name, buffer)
     if built.weights is not None:
         state = {n: v for n, v in get_model_state_dict(model).items() if n in names}
         reader = HuggingFaceStorageReader(str(built.weights))
