@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     for number, share in enumerate(missing, start=1):
         flags = ["--data-path", *mixture(arguments.vary, share, fixed), "--finetune"]
+        flags += ["--exit-on-missing-checkpoint"]  # Megatron would begin with random weights
         try:
             frozen.run(flags, _records(out, share), f"share {share:g}, {number} of {len(missing)}")
         except RunFailed as error:
