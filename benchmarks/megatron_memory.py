@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import ranks
 from benchmarks.peak import Peak
 from benchmarks.results import ROOT
+from megatron_sharpness.measurement import TRAIN
 from megatron_sharpness.megatron.step import ObservedStep
 
 peaks: list[Peak] = []
@@ -27,14 +28,14 @@ def observed_before(step: ObservedStep) -> None:
 
 def observed_measure(step: ObservedStep, *args: Any, **kwargs: Any) -> Any:
     owned = sum(shard.main.numel() for line, _ in step.line.lines for shard in line.shards)
-    record = measure(step, *args, **kwargs)
-    assert record.status == "found", record
+    records = measure(step, *args, **kwargs)
+    assert records[TRAIN].status == "found", records
     measured = peaks[-1].bytes()
     gather = Peak(peaks[-1].device)
     for chunk in step.line.gathered:
         chunk.start_param_sync(force_sync=True)
     ranks.write({"bytes": measured - gather.bytes(), "parameters": owned})
-    return record
+    return records
 
 
 if __name__ == "__main__":

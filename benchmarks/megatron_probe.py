@@ -25,7 +25,7 @@ def measure(
     iteration: int,
     consumed_samples: int,
     trained: bool,
-    microbatches: int,
+    **_: Any,
 ) -> None:
     """In place of :meth:`ObservedStep.measure`."""
     observed._agree(iteration, consumed_samples, schedule, trained)

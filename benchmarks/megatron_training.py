@@ -11,7 +11,7 @@ from megatron.training import training
 
 from benchmarks import ranks
 from benchmarks.results import ROOT
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.measurement import TRAIN, Measurement
 from megatron_sharpness.megatron.step import ObservedStep
 
 over: list[float] = []
@@ -25,11 +25,11 @@ def observed_log(*args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def observed_measure(step: ObservedStep, *args: Any, **kwargs: Any) -> Measurement:
+def observed_measure(step: ObservedStep, *args: Any, **kwargs: Any) -> dict[str, Measurement]:
     start = time.perf_counter()
-    record = measure(step, *args, **kwargs)
-    measured.append((time.perf_counter() - start, record.evaluations or 0))
-    return record
+    records = measure(step, *args, **kwargs)
+    measured.append((time.perf_counter() - start, records[TRAIN].evaluations or 0))
+    return records
 
 
 if __name__ == "__main__":
