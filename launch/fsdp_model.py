@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-#: What is fetched of a Hugging Face repository.
-FILES = ["*.safetensors", "*.json", "tokenizer*", "vocab*", "merges*"]
+#: What is fetched of a Hugging Face repository beside its weights.
+FILES = ["*.json", "tokenizer*", "vocab*", "merges*"]
 
 
 @dataclass
@@ -107,8 +107,12 @@ def _fetched(args: argparse.Namespace) -> Path:
         return Path(args.hf_model)
     from huggingface_hub import snapshot_download
 
-    found = snapshot_download(args.hf_model, revision=args.hf_revision, allow_patterns=FILES)
-    return Path(found)
+    for weights in ("*.safetensors", "*.bin"):
+        wanted = [weights, *FILES]
+        found = snapshot_download(args.hf_model, revision=args.hf_revision, allow_patterns=wanted)
+        if [*Path(found).glob(weights)]:
+            return Path(found)
+    raise ValueError("it holds no weights, neither safetensors nor .bin")
 
 
 def _held(folder: Path) -> set[str]:

@@ -113,7 +113,9 @@ class MeasuredTrainStep:
             observed.undo()
         if self._frozen_run is not None:
             schedule.restore_buffers()
-            if iteration in (get_args().train_iters, get_args().exit_interval):
+            given = get_args()
+            exits = given.exit_interval and iteration % given.exit_interval == 0
+            if exits or iteration == given.train_iters:
                 self._frozen_run.finish(_print if dist.get_rank() == 0 else _silent)
         return result
 

@@ -100,13 +100,19 @@ def pretrained(configuration: str, out: str, *flags: str) -> None:
     )
     model = fsdp_model.shard(args, fsdp_model.build_model(args), torch.device("cpu"))
     assert torch.equal(model.lm_head.weight.full_tensor(), held)
-    try:
-        args.hf_revision = "step2000"
-        fsdp_model.build_model(args)
-    except InputError as error:
-        assert "--hf-model some/model: " in str(error)
-    else:
-        raise AssertionError("a revision that is not there")
+    if dist.get_rank() == 0:
+        (refs / "step3000").write_text("empty")
+        (folder.parent / "empty").mkdir()
+        (folder.parent / "empty" / "config.json").write_text("{}")
+    dist.barrier()
+    for revision, message in (("step2000", ""), ("step3000", "holds no weights")):
+        try:
+            args.hf_revision = revision
+            fsdp_model.build_model(args)
+        except InputError as error:
+            assert "--hf-model some/model: " in str(error) and message in str(error)
+        else:
+            raise AssertionError("weights that are not there")
     dist.destroy_process_group()
     time.sleep(0.1)  # see the end of train_fsdp.main
 
