@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sharpness import cli
-from tests.domains import write_domains
+from megatron_sharpness.data import python_prose, write_dataset
 from tests.processes import ROOT, free_port, start_ranks
 from tests.pytorch.test_train_fsdp import TRANSFORMERS
 
@@ -28,7 +28,12 @@ IN_RUN = "--measure-critical-sharpness-every 1 --save-interval 4"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_domains(tmp_path_factory.mktemp("data"))
+    """Text for nearly two epochs of 51 samples, which Megatron shuffles as one: its order depends
+    on the length of a run."""
+    pytest.importorskip("megatron.core", reason="needs megatron-core")
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "prose", [max(python_prose(), key=len)[:3300]])
+    return folder
 
 
 def flags(script: str, data: Path) -> list[str]:
