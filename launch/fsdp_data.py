@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from megatron_sharpness.data import END_OF_DOCUMENT, PYTHON_DOMAINS, documents_of
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.relative.mixture import Mixture
+from megatron_sharpness.windows import Windows, read_indexed
 
 Tokens = npt.NDArray[Any]
 Tokenize = Callable[[bytes], Tokens]
@@ -148,10 +148,10 @@ def read_samples(args: argparse.Namespace, tokenize: Tokenize) -> Samples | Blen
         return Stream(_loaded(args, streaming=True), args.json_key, tokenize, args.seq_length)
     if not args.data_path:
         return Samples(*_read_documents(args, tokenize), args.seq_length, args.seed)
-    parts = [
-        (Samples(*_indexed(prefix), args.seq_length, args.seed), weight)
-        for prefix, weight in components(args)
-    ]
+    parts = []
+    for prefix, weight in components(args):
+        documents, lengths = read_indexed(prefix, f"--data-path {prefix}")
+        parts.append((Samples(documents, lengths, args.seq_length, args.seed), weight))
     return parts[0][0] if len(parts) == 1 else Blend(parts, args.seed)
 
 
@@ -165,20 +165,6 @@ def _read_documents(args: argparse.Namespace, tokenize: Tokenize) -> tuple[Docum
         return _hugging_face(args, tokenize)
     documents = [tokenize(document) for document in documents_of(args)]
     return documents, np.array([len(document) for document in documents])
-
-
-def _indexed(prefix: str) -> tuple[Documents, Tokens]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what an installation without a GPU lacks
-            from megatron.core.datasets.indexed_dataset import IndexedDataset
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--data-path {prefix}: Megatron's format is read with megatron-core ({error}); "
-            "pip install megatron-core, or give --text or --jsonl"
-        ) from error
-    dataset = IndexedDataset(prefix)
-    return dataset, np.asarray(dataset.sequence_lengths)
 
 
 def _loaded(args: argparse.Namespace, *, streaming: bool = False) -> Any:
@@ -258,12 +244,11 @@ class Samples:
     """
 
     def __init__(self, documents: Documents, lengths: Tokens, length: int, seed: int) -> None:
-        self.documents, self.length, self.seed = documents, length, seed
-        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self.count = (int(self.starts[-1]) - 1) // length
+        self.windows, self.seed = Windows(documents, lengths, length), seed
+        self.count = len(self.windows)
         if self.count < 1:
             raise InputError(
-                f"--seq-length {length}: the data has {self.starts[-1]} tokens, less than one "
+                f"--seq-length {length}: the data has {self.windows.tokens} tokens, less than one "
                 "sample; give more text or a shorter sequence"
             )
         self._order = functools.lru_cache(maxsize=1)(self._shuffled)
@@ -271,17 +256,7 @@ class Samples:
     def __getitem__(self, number: int) -> Tokens:
         """Sample ``number`` of the run, counted from 0; shape [length + 1], int64."""
         epoch, index = divmod(number, self.count)
-        start = int(self._order(epoch)[index]) * self.length
-        pieces, missing = [], self.length + 1
-        document = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while missing:
-            offset = start - int(self.starts[document])
-            piece = self.documents[document][offset : offset + missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            start += len(piece)
-            document += 1
-        return np.concatenate(pieces).astype(np.int64)
+        return self.windows[int(self._order(epoch)[index])]
 
     def _shuffled(self, epoch: int) -> Tokens:
         return np.random.default_rng((self.seed, epoch)).permutation(self.count)
@@ -317,14 +292,15 @@ class Stream:
     def _samples(self) -> Iterator[Tokens]:
         held = np.empty(0, dtype=np.int64)
         while True:
-            before = len(held)
+            read = 0
             for row in self._rows:
                 ids = self._tokenize(row[self._key].encode(errors="replace"))
+                read += len(ids)
                 held = np.concatenate([held, ids.astype(np.int64)])
                 while len(held) > self.length:
                     yield held[: self.length + 1]
                     held = held[self.length :]
-            if len(held) == before:
+            if not read:
                 raise InputError("--hf-dataset: the stream holds no text")
 
 

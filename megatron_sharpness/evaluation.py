@@ -7,17 +7,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.meter import check_names
+from megatron_sharpness.windows import Windows, read_indexed
 
 FLAG = "--critical-sharpness-eval-data"
 
@@ -128,35 +127,15 @@ def _windows(
     shown: str, prefix: Path, samples: int, length: int, generator: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Windows of ``length`` + 1 tokens of the documents in a row, none of them twice."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what an installation without a GPU lacks
-            from megatron.core.datasets.indexed_dataset import IndexedDataset
-    except ModuleNotFoundError as error:
-        raise _bad(shown, f"megatron-core reads it ({error}); pip install megatron-core") from error
-    documents: Any = IndexedDataset(str(prefix))
-    starts = np.concatenate([[0], np.cumsum(documents.sequence_lengths, dtype=np.int64)])
-    count = (int(starts[-1]) - 1) // length
-    if count < samples:
+    windows = Windows(*read_indexed(str(prefix), f"{FLAG} {shown}"), length)
+    if len(windows) < samples:
         raise _bad(
             shown,
-            f"it has {int(starts[-1])} tokens, {max(count, 0)} samples of {length}, and {samples} "
+            f"it has {windows.tokens} tokens, {len(windows)} samples of {length}, and {samples} "
             "are asked for; give more text, or fewer --critical-sharpness-eval-samples",
         )
-    found = []
-    for index in np.sort(generator.choice(count, size=samples, replace=False)):
-        start, pieces, missing = int(index) * length, [], length + 1
-        document = int(np.searchsorted(starts, start, side="right")) - 1
-        while missing:
-            offset = start - int(starts[document])
-            held = int(documents.sequence_lengths[document]) - offset
-            piece = documents.get(document, offset, min(held, missing))
-            pieces.append(piece)
-            missing -= len(piece)
-            start += len(piece)
-            document += 1
-        found.append(np.concatenate(pieces))
-    return np.stack(found).astype(np.int64)
+    chosen = np.sort(generator.choice(len(windows), size=samples, replace=False))
+    return np.stack([windows[int(index)] for index in chosen])
 
 
 def _answers(

@@ -127,3 +127,16 @@ def test_a_hugging_face_dataset_holds_the_same_samples(
     twice = tokens * 2
     in_a_row = [twice[start : start + 9] for start in range(0, 8 * (len(of_files) + 2), 8)]
     assert streams == [in_a_row, in_a_row]
+
+
+@pytest.mark.parametrize("text", ["once", "a sample", "of as many tokens as two"])
+def test_a_stream_begins_anew_wherever_it_ends(text: str) -> None:
+    samples = fsdp_data.Stream([{"text": text}], "text", fsdp_data.bytes_as_tokens, 5)
+    endless = [*text.encode(), END_OF_DOCUMENT] * 60
+    for number in range(40):
+        assert samples[number].tolist() == endless[5 * number : 5 * number + 6]
+
+
+def test_a_stream_without_text_is_refused() -> None:
+    with pytest.raises(InputError, match="--hf-dataset: the stream holds no text"):
+        fsdp_data.Stream([], "text", fsdp_data.bytes_as_tokens, 5)[0]

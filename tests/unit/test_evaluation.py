@@ -100,6 +100,13 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         evaluation_set(path, samples=1)
 
 
+@pytest.mark.parametrize("content", [b"", b"not an index", b"MMIDIDX\x00\x00"])
+def test_an_index_that_is_none_or_cut_off_is_refused(prefix: Path, content: bytes) -> None:
+    prefix.with_suffix(".idx").write_bytes(content)
+    with pytest.raises(InputError, match=rf"eval-data some=.*{prefix}\.idx cannot be read"):
+        evaluation_set(prefix)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
