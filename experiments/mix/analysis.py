@@ -9,6 +9,7 @@ import numpy as np
 from experiments.mix.run import NOTED
 from experiments.training import Row
 from megatron_sharpness.relative.recommendation import Recommendation, recommend
+from megatron_sharpness.relative.values import Spread
 
 TASKS = ("first", "second")
 Runs = dict[str, list[Row]]
@@ -34,10 +35,7 @@ def advice_of(runs: Runs) -> Recommendation:
 def predicted_rates(runs: Runs) -> dict[float, dict[str, float]]:
     """2/λ with the median λ, by share and task; 0 where the loss rises at once."""
     return {
-        share: {
-            task: 2.0 / float(np.quantile(values, 0.5, method="higher"))
-            for task, values in tasks.items()
-        }
+        share: {task: 2.0 / Spread(tuple(values)).median for task, values in tasks.items()}
         for share, tasks in sweep_of(runs).items()
     }
 
@@ -128,12 +126,10 @@ def edges_of_adaptive(runs: Runs) -> dict[str, tuple[float, float]]:
     for name, rows in runs.items():
         if name.startswith("adaptive-"):
             first, second = (
-                np.quantile(
-                    [float(row[key]) for row in rows if key in row], 0.5, method="higher"
-                )
+                Spread(tuple(float(row[key]) for row in rows if key in row)).median
                 for key in ("sharpness_first", "sharpness_second")
             )
-            found[name] = (float(first) * lr / 2, float(second) * lr / 2)
+            found[name] = (first * lr / 2, second * lr / 2)
     return found
 
 

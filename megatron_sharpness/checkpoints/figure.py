@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_sharpness.checkpoints.points import OWN, Point
 from megatron_sharpness.measurement import TRAIN
+from megatron_sharpness.relative.figure import draw_band, limits_of
 from megatron_sharpness.report.figure import BLUE, GREEN, RUN_COLORS, VERMILION, png
 
 
@@ -32,24 +33,16 @@ def draw(points: Sequence[Point], path: Path) -> None:
             height_ratios=[3, 1] if has_rates else [1],
         )[:, 0]  # fmt: skip
         axes = panels[0]
-        finite = [value for point in points for value in point.finite if value > 0]
-        cap = 2.0 * max(finite, default=1.0)
+        limits = limits_of(point.spread for point in points)
         batches = list(dict.fromkeys(point.batch for point in points))
         for batch, color in zip(batches, [BLUE, *RUN_COLORS[3:]] * len(batches), strict=False):
-            chosen = [point for point in points if point.batch == batch and point.values]
-            x = np.array([places[point.checkpoint.label] for point in chosen])
-            low, median, high = (
-                np.clip([point.quantile(part) for point in chosen], min(finite, default=1) / 2, cap)
-                for part in (0.16, 0.5, 0.84)
-            )
-            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            chosen = [point for point in points if point.batch == batch and point.spread.values]
+            x = [places[point.checkpoint.label] for point in chosen]
             name = r"$\lambda_c$" if batch == TRAIN else rf"$\lambda_c^{{1\to 2}}$, {batch}"
-            axes.plot(x, median, color=color, marker="o", label=name)
-            capped = median >= cap
-            axes.plot(x[capped], median[capped], "^", color=color, markersize=9)
+            draw_band(axes, x, [p.spread for p in chosen], limits, color=color, label=name)
         if has_rates:
             known = [point for point in own if point.own]
-            x = np.array([places[point.checkpoint.label] for point in known])
+            x = [places[point.checkpoint.label] for point in known]
             first, lr, edge, preconditioned = (
                 np.array([(point.own or {}).get(field) for point in known], dtype=float)
                 for field in OWN.values()

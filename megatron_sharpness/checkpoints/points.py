@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_sharpness.checkpoints.sources import Checkpoint
 from megatron_sharpness.measurement import TRAIN
-from megatron_sharpness.relative.values import relative_sharpness
+from megatron_sharpness.relative.values import Spread, relative_sharpness
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Point:
     Attributes:
         checkpoint: which one.
         batch: ``train``, or the name of other data.
-        values: λ_c of each batch that has one, in [0, ∞].
+        spread: λ_c of each batch that has one.
         endings: how the measurements ended.
         sha256: of the model, before and after.
         own: the first step's record where its moments and its learning rate are the checkpoint's:
@@ -34,7 +31,7 @@ class Point:
 
     checkpoint: Checkpoint
     batch: str
-    values: tuple[float, ...]
+    spread: Spread
     endings: Counter[str]
     sha256: str
     own: Mapping[str, Any] | None
@@ -43,22 +40,6 @@ class Point:
     def lr(self) -> float | None:
         """η of the run at the checkpoint, where it is known."""
         return self.own["lr"] if self.own else None
-
-    @property
-    def finite(self) -> tuple[float, ...]:
-        return tuple(value for value in self.values if value < math.inf)
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.finite)) if self.finite else math.nan
-
-    @property
-    def std(self) -> float:
-        return float(np.std(self.finite)) if self.finite else math.nan
-
-    def quantile(self, part: float) -> float:
-        """Of all values, the upper one where it lies between two, so that ∞ makes no NaN."""
-        return float(np.quantile(self.values, part, method="higher")) if self.values else math.nan
 
 
 def read_points(
@@ -79,7 +60,7 @@ def read_points(
             Point(
                 checkpoint,
                 batch,
-                values=tuple(value for value in values if value is not None),
+                spread=Spread(tuple(value for value in values if value is not None)),
                 endings=Counter(record["status"] for record in found),
                 sha256=sha256,
                 own=found[0] if own_moments else None,
@@ -107,11 +88,11 @@ def write_table(path: Path, points: Sequence[Point]) -> None:
         )  # fmt: skip
         for p in points:
             endings = " ".join(f"{status}:{n}" for status, n in sorted(p.endings.items()))
-            own = [(p.own or {}).get(field) for field in OWN.values()]
+            own, spread = [(p.own or {}).get(field) for field in OWN.values()], p.spread
             table.writerow(
                 [p.checkpoint.label, p.checkpoint.iteration, p.checkpoint.tokens, p.batch,
-                 len(p.values), p.mean, p.quantile(0.5), p.std, p.quantile(0.16), p.quantile(0.84),
-                 len(p.values) - len(p.finite), *own, endings, p.sha256]
+                 len(spread.values), spread.mean, spread.median, spread.std, spread.quantile(0.16),
+                 spread.quantile(0.84), spread.rises_at_once, *own, endings, p.sha256]
             )  # fmt: skip
 
 
@@ -120,7 +101,7 @@ def format_table(points: Sequence[Point]) -> str:
     batches = list(dict.fromkeys(point.batch for point in points))
     shown: dict[str, dict[str, str]] = {}
     for point in points:
-        text = f"{point.mean:.4g} ± {point.std:.2g}"
+        text = f"{point.spread.mean:.4g} ± {point.spread.std:.2g}"
         shown.setdefault(point.checkpoint.label, {})[point.batch] = text
     width = max(map(len, shown)) + 2
     lines = ["λ_c".ljust(width) + "".join(f"{batch:>22}" for batch in batches)]

@@ -159,10 +159,10 @@ class Series:
         report = self._run(self.frozen, checkpoint, self._path(checkpoint, ".jsonl"), shown)
         held = {"flags": checkpoint.flags, **asdict(report)}
         self._path(checkpoint, ".json").write_text(json.dumps(held, indent=2) + "\n")
-        (own, *_) = self.read(checkpoint)
+        spread = self.read(checkpoint)[0].spread
         return (
-            f"λ_c = {own.mean:.4g} ± {own.std:.2g} over {len(own.finite)} batches; nothing has "
-            f"changed, sha256 {own.sha256[:12]}…"
+            f"λ_c = {spread.mean:.4g} ± {spread.std:.2g} over {len(spread.finite)} batches; "
+            f"nothing has changed, sha256 {report.sha256[:12]}…"
         )
 
     def estimate(self, missing: Sequence[Checkpoint]) -> dict[str, str]:

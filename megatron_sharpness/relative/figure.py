@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sharpness.relative.recommendation import Recommendation
+from megatron_sharpness.relative.values import Spread
 from megatron_sharpness.report.figure import INK, MUTED, RUN_COLORS, png
 
 
@@ -45,23 +46,13 @@ def draw_sweep(
         name: of the data whose share varies.
     """
     shares = list(values)
-    finite = [
-        x for tasks_of in values.values() for v in tasks_of.values() for x in v if 0 < x < math.inf
-    ]
-    cap = 2.0 * max(finite, default=1.0)
-    tasks = list(values[shares[0]])
-    for task, color in zip(tasks, RUN_COLORS * len(tasks), strict=False):
-        quantiles = np.array(
-            [
-                np.quantile(values[share][task], [0.16, 0.5, 0.84], method="higher")
-                for share in shares
-            ]
-        )
-        low, median, high = np.clip(quantiles, min(finite, default=1.0) / 2, cap).T
-        axes.fill_between(shares, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(shares, median, color=color, marker="o", label=task)
-        capped = quantiles[:, 1] == math.inf
-        axes.plot(np.array(shares)[capped], median[capped], "^", color=color, markersize=9)
+    spreads = {
+        task: [Spread(tuple(numbers[task])) for numbers in values.values()]
+        for task in values[shares[0]]
+    }
+    limits = limits_of(spread for found in spreads.values() for spread in found)
+    for (task, found), color in zip(spreads.items(), RUN_COLORS * len(spreads), strict=False):
+        draw_band(axes, shares, found, limits, color=color, label=task)
     if advice.crossing is not None:
         axes.axvline(advice.crossing, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
         side = 1 if advice.crossing < (shares[0] + shares[-1]) / 2 else -1
@@ -79,3 +70,29 @@ def draw_sweep(
     axes.set_xlabel(f"share of {name}, r")
     axes.set_title(r"$\lambda_c^{1\to 2}$ of each task: the higher, the sooner it rises")
     axes.legend(frameon=False)
+
+
+def limits_of(spreads: Iterable[Spread]) -> tuple[float, float]:
+    """Where a band ends below and above, λ_c = 0 and ∞ among its values."""
+    finite = [value for spread in spreads for value in spread.finite if value > 0]
+    return min(finite, default=1.0) / 2, 2.0 * max(finite, default=1.0)
+
+
+def draw_band(
+    axes: Any,
+    x: Sequence[float],
+    spreads: Sequence[Spread],
+    limits: tuple[float, float],
+    *,
+    color: str,
+    label: str,
+) -> None:
+    """Medians and the middle 68 %; a median of ∞ is a triangle at the upper end."""
+    low, median, high = (
+        np.clip([spread.quantile(part) for spread in spreads], *limits)
+        for part in (0.16, 0.5, 0.84)
+    )
+    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, median, color=color, marker="o", label=label)
+    capped = np.array([spread.median == math.inf for spread in spreads])
+    axes.plot(np.array(x)[capped], median[capped], "^", color=color, markersize=9)

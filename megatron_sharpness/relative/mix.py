@@ -19,15 +19,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from megatron_sharpness import frozen_runs
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.frozen_runs import Frozen, RunFailed, keep_settings
 from megatron_sharpness.measurement import TRAIN
 from megatron_sharpness.relative.mixture import weights_at
 from megatron_sharpness.relative.recommendation import Recommendation, recommend
-from megatron_sharpness.relative.values import relative_sharpness
+from megatron_sharpness.relative.values import Spread, relative_sharpness
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -150,13 +148,12 @@ def write_table(path: Path, values: Values, endings: dict[float, Counter[str]]) 
         for share, tasks in values.items():
             shown = " ".join(f"{status}:{n}" for status, n in sorted(endings[share].items()))
             for task, numbers in tasks.items():
-                array = np.array(numbers)
-                finite = array[np.isfinite(array)]
-                mean, std = (finite.mean(), finite.std()) if len(finite) else (math.nan, math.nan)
-                q16, median, q84 = np.quantile(array, [0.16, 0.5, 0.84], method="higher")
+                spread = Spread(tuple(numbers))
+                median = spread.median
                 table.writerow(
-                    [share, task, len(array), mean, median, std, q16, q84,
-                     2 / median if median else math.inf, len(array) - len(finite), shown]
+                    [share, task, len(numbers), spread.mean, median, spread.std,
+                     spread.quantile(0.16), spread.quantile(0.84),
+                     2 / median if median else math.inf, spread.rises_at_once, shown]
                 )  # fmt: skip
 
 
@@ -165,7 +162,7 @@ def format_table(values: Values) -> str:
     tasks = list(next(iter(values.values())))
     lines = ["share  " + "".join(f"{task:>14}" for task in tasks)]
     for share, numbers in values.items():
-        medians = (np.quantile(numbers[task], 0.5, method="higher") for task in tasks)
+        medians = (Spread(tuple(numbers[task])).median for task in tasks)
         lines.append(f"{share:<7g}" + "".join(f"{median:>14.4g}" for median in medians))
     return "\n".join(lines)
 

@@ -1,8 +1,11 @@
-"""λ_c^{1→2} as a number also where the search ended without one."""
+"""λ_c^{1→2} as a number also where the search ended without one, and its spread over batches."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import numpy as np
 
 #: The loss rises at once, as far as its noise lets one tell, or never.
 _ENDINGS = {
@@ -16,3 +19,41 @@ _ENDINGS = {
 def relative_sharpness(status: str, critical_sharpness: float | None) -> float | None:
     """λ_c^{1→2} of a record, in [0, ∞]; None where it was not measured."""
     return _ENDINGS.get(status) if critical_sharpness is None else critical_sharpness
+
+
+@dataclass(frozen=True)
+class Spread:
+    """λ_c of several batches.
+
+    Attributes:
+        values: each in [0, ∞].
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def finite(self) -> tuple[float, ...]:
+        return tuple(value for value in self.values if value < math.inf)
+
+    @property
+    def rises_at_once(self) -> int:
+        """Batches with ∞."""
+        return len(self.values) - len(self.finite)
+
+    @property
+    def mean(self) -> float:
+        """Of the finite ones; NaN where there is none."""
+        return float(np.mean(self.finite)) if self.finite else math.nan
+
+    @property
+    def std(self) -> float:
+        """Of the finite ones; NaN where there is none."""
+        return float(np.std(self.finite)) if self.finite else math.nan
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    def quantile(self, part: float) -> float:
+        """Of all values, the upper one where it lies between two, so that ∞ makes no NaN."""
+        return float(np.quantile(self.values, part, method="higher")) if self.values else math.nan
