@@ -358,7 +358,9 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        # What all ranks refuse is said once a node; after that, a rank may be the only one.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
-            print(f"launch/train_fsdp.py: error: {error}", file=sys.stderr)
+        # What all ranks refuse, the first of a node says, and torchrun then ends the others. It
+        # would end the first unheard if another were faster. Who waits in vain is the only one.
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not dist.is_initialized():
+            time.sleep(30)
+        print(f"launch/train_fsdp.py: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -509,10 +509,13 @@ def test_torchrun_needs_no_configuration_but_a_right_one() -> None:
     assert "CONFIG=configs/none.args: no such file" in refused.stderr
 
 
-def test_torchrun_says_once_what_is_refused() -> None:
+def test_torchrun_says_once_what_is_refused(tmp_path: Path) -> None:
+    # By whichever rank is the first to see it: the one that says it is a slow one.
+    late = 'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(3)\n'
+    (tmp_path / "sitecustomize.py").write_text(late)
     result = launch(
         "torchrun_fsdp.sh", CONFIG="", GPUS_PER_NODE="2", CUDA_VISIBLE_DEVICES="",
-        MASTER_PORT=str(free_port()),
+        MASTER_PORT=str(free_port()), PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
     )  # fmt: skip
     assert result.returncode != 0
     message = "launch/train_fsdp.py: error: the following arguments are required: --seq-length"
