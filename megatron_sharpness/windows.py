@@ -65,7 +65,7 @@ def read_indexed(prefix: str, shown: str) -> tuple[Sequence[Any], npt.NDArray[An
     except ModuleNotFoundError as error:
         raise InputError(
             f"{shown}: Megatron's format is read with megatron-core ({error}); "
-            "pip install megatron-core, or give text"
+            "pip install megatron-core, or give JSON lines"
         ) from error
     try:
         dataset = IndexedDataset(prefix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_sharpness import cli
 from megatron_sharpness.data import python_prose, write_dataset
+from tests.checkpoints.test_series import table
 from tests.processes import ROOT, free_port, start_ranks
 from tests.pytorch.test_train_fsdp import TRANSFORMERS
 
@@ -82,11 +82,6 @@ def measure(out: Path, given: list[str], training: list[str], monkeypatch: Any) 
 
 def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def table(out: Path) -> list[dict[str, str]]:
-    with (out / "checkpoints.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("script", ["megatron", "fsdp"])
