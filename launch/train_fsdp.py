@@ -35,7 +35,7 @@ from megatron_sharpness.errors import InputError
 from megatron_sharpness.frozen import FrozenRun
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.relative.adaptive import AdaptiveMix
-from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: A target that does not count, for ``cross_entropy``.
 IGNORED = -100
@@ -300,7 +300,7 @@ def build_sharpness(
         sinks=[
             ConsoleSink(lambda line: say(args, line)),
             *([JsonLinesSink(log)] if log else []),
-            *([TensorBoardSink(writer)] if writer else []),
+            *curve_sinks(writer),
         ],
         mode=args.critical_sharpness_mode,
         offload=args.critical_sharpness_offload,
@@ -315,8 +315,9 @@ def build_mix(args: argparse.Namespace, samples: Samples, writer: Any) -> Adapti
     if not args.adaptive_mix:
         return None
     assert isinstance(samples, fsdp_data.Blend)
-    sinks = [TensorBoardSink(writer)] if writer else []
-    return AdaptiveMix(args.mix_controller, samples.mixture, sinks, lambda line: say(args, line))
+    return AdaptiveMix(
+        args.mix_controller, samples.mixture, curve_sinks(writer), lambda line: say(args, line)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.megatron.hook import MIX_STATE, MeasuredTrainStep
-from megatron_sharpness.relative.adaptive import FLAG, AdaptiveMix, CurveSink, controller_of
+from megatron_sharpness.megatron.hook import MIX_STATE, MeasuredTrainStep, printing_on
+from megatron_sharpness.relative.adaptive import FLAG, AdaptiveMix, controller_of
 from megatron_sharpness.relative.mixture import Mixture, weights_at
-from megatron_sharpness.sinks import TensorBoardSink, WandbSink
+from megatron_sharpness.sinks import curve_sinks
 
 
 class AdaptiveBlend:
@@ -63,14 +62,8 @@ def adaptive_blend(
     controller = controller_of(args, weights)
     assert isinstance(step, MeasuredTrainStep)  # as the controller has seen
     if step.mix is None:  # each virtual pipeline stage asks for its own set
-        sinks: list[CurveSink] = []
-        if (writer := get_tensorboard_writer()) is not None:
-            sinks.append(TensorBoardSink(writer))
-        if (run := get_wandb_writer()) is not None:
-            sinks.append(WandbSink(run))
-        say: Callable[[str], object] = partial(print, flush=True)
-        if dist.get_rank() < dist.get_world_size() - 1:
-            say = _nothing
+        sinks = curve_sinks(get_tensorboard_writer(), get_wandb_writer())
+        say = printing_on(dist.get_world_size() - 1)
         mixture = Mixture(weights_at(controller.share, weights[1:]), args.seed)
         step.mix = AdaptiveMix(controller, mixture, sinks, say)
         if state := getattr(args, MIX_STATE, {}):
@@ -78,7 +71,3 @@ def adaptive_blend(
             say(f" data mix goes on with a share of the first component of {controller.share:.4f}")
     parts = [build(prefix) for prefix in prefixes]
     return None if None in parts else AdaptiveBlend(parts, step.mix.mixture)
-
-
-def _nothing(line: str) -> None:
-    pass

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.meter import Meter, Settings, Sink
-from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 try:
     from megatron.bridge.training import train
@@ -164,10 +164,7 @@ def _sinks(state: Any, meter: Meter) -> list[Sink]:
     sinks: list[Sink] = [ConsoleSink(_print)]
     if (folder := state.cfg.logger.tensorboard_dir) is not None:
         sinks.append(JsonLinesSink(Path(folder) / "critical_sharpness.jsonl"))
-    if (writer := state.tensorboard_logger) is not None:
-        sinks.append(TensorBoardSink(writer))
-    if (run := state.wandb_logger) is not None:
-        sinks.append(WandbSink(run))
+    sinks += curve_sinks(state.tensorboard_logger, state.wandb_logger)
     if (folder := state.cfg.checkpoint.save) is not None and "://" not in folder:
         sinks.append(_StateLines(folder, meter))
     return sinks

@@ -43,7 +43,7 @@ from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
 from megatron_sharpness.meter import Meter, Settings, Sink
 from megatron_sharpness.relative.adaptive import AdaptiveMix
-from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.
 NEEDED = (
@@ -116,7 +116,7 @@ class MeasuredTrainStep:
             given = get_args()
             exits = given.exit_interval and iteration % given.exit_interval == 0
             if exits or iteration == given.train_iters:
-                self._frozen_run.finish(_print if dist.get_rank() == 0 else _silent)
+                self._frozen_run.finish(printing_on(0))
         return result
 
     @property
@@ -127,7 +127,7 @@ class MeasuredTrainStep:
             self._meter = Meter(
                 self._settings,
                 sinks=_sinks() if is_writer else (),
-                warn=_print if is_writer else _silent,
+                warn=printing_on(dist.get_world_size() - 1),
             )
             self._meter.load_state_dict(getattr(get_args(), STATE, {}))
         return self._meter
@@ -196,11 +196,12 @@ def _sinks() -> list[Sink]:
     sinks: list[Sink] = [ConsoleSink(_print)]
     if (path := log_path(args)) is not None:
         sinks.append(JsonLinesSink(path))
-    if (writer := get_tensorboard_writer()) is not None:
-        sinks.append(TensorBoardSink(writer))
-    if (run := get_wandb_writer()) is not None:
-        sinks.append(WandbSink(run))
-    return sinks
+    return [*sinks, *curve_sinks(get_tensorboard_writer(), get_wandb_writer())]
+
+
+def printing_on(rank: int) -> Callable[[str], None]:
+    """A function that prints a line on this rank, and nothing on the others."""
+    return _print if dist.get_rank() == rank else _silent
 
 
 def _print(message: str) -> None:
