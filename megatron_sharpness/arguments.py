@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from megatron_sharpness import evaluation
 from megatron_sharpness.errors import InputError, SettingError
-from megatron_sharpness.meter import Settings
 from megatron_sharpness.search import Method
+from megatron_sharpness.settings import Settings
 
-#: Field of :class:`~megatron_sharpness.meter.Settings` → flag.
+#: Field of :class:`~megatron_sharpness.settings.Settings` → flag.
 FLAGS = {
     "every": "--measure-critical-sharpness-every",
     "method": "--critical-sharpness-method",
@@ -23,7 +23,6 @@ FLAGS = {
 }
 
 
-_MICROBATCHES = "--critical-sharpness-microbatches"
 _SAMPLES = "--critical-sharpness-eval-samples"
 _FROZEN = "--critical-sharpness-frozen"
 
@@ -47,18 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         FLAGS["method"],
         choices=get_args(Method),
         default=defaults.method,
-        help="Line search for the critical learning rate: 'certified' predicts it from the slope "
-        "and certifies a bracket; 'point' ends at a prediction from one or two forward passes "
-        "where that is sure to within the tolerance, and goes on as 'certified' where not; "
-        "'bisection' is the paper's, to the letter, and takes about twice as many forward passes "
-        "as 'certified'.",
+        help="Line search for the critical learning rate: 'certified' predicts it from the slope, "
+        "certifies a bracket and interpolates in it; 'bisection' is the paper's, to the letter, "
+        "and takes more than twice as many forward passes.",
     )
     group.add_argument(
         FLAGS["tolerance"],
         type=float,
         default=defaults.tolerance,
         help="Relative width |1 - lower/upper| of the bracket around the critical learning rate, "
-        "or largest relative uncertainty of a point estimate, between 0 and 1 (default: 1/16).",
+        "between 0 and 1 (default: 1/4 with 'certified', whose critical learning rate is as "
+        "accurate as the middle of 1/16, and 1/16 with 'bisection').",
     )
     group.add_argument(
         FLAGS["initial_guess"],
@@ -127,49 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="What a failed measurement does: 'warn' and train on, or 'raise'.",
     )
     return parser
-
-
-def add_microbatches_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flag that only Megatron, whose schedule knows its micro-batches, can have."""
-    group = parser.add_argument_group("critical sharpness in Megatron")
-    group.add_argument(
-        _MICROBATCHES,
-        type=int,
-        default=0,
-        metavar="K",
-        help="Begin a search with a pass over the first K micro-batches of the step only, which "
-        "predicts where the passes over all of them are to be made. Worth it where K is a small "
-        "part of many and has thousands of tokens; 0, the default, is off.",
-    )
-    return parser
-
-
-def check_microbatches(args: Any) -> None:
-    """Refuse a number of micro-batches that Megatron's schedule cannot run, or that says nothing.
-
-    Raises:
-        InputError: names the flag, the value, the reason and the remedy.
-    """
-    count = args.critical_sharpness_microbatches
-    if count < 0:
-        raise _bad(
-            _MICROBATCHES, count, "a number of micro-batches is positive; give 0 to switch it off"
-        )
-    if count and args.critical_sharpness_mode != "train":
-        raise _bad(
-            _MICROBATCHES,
-            count,
-            "the loss of these micro-batches before the step is known in mode 'train' alone; "
-            "leave it out, or --critical-sharpness-mode",
-        )
-    group = interleaved_group(args)
-    if count % group:
-        raise _bad(
-            _MICROBATCHES,
-            count,
-            f"the interleaved schedule takes micro-batches in groups of {group}; give a multiple "
-            f"of {group}",
-        )
 
 
 def interleaved_group(args: Any) -> int:

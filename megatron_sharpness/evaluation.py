@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_sharpness.errors import InputError, SettingError
-from megatron_sharpness.meter import check_names
+from megatron_sharpness.settings import check_names
 from megatron_sharpness.windows import Windows, read_indexed
 
 FLAG = "--critical-sharpness-eval-data"

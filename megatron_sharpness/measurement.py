@@ -14,26 +14,21 @@ from typing import Any, Literal, Protocol, get_args
 
 #: How a measurement ended. The first seven are endings of the line search.
 Status = Literal[
-    "found",  # L(lower) ≤ L(θ) < L(upper), and the bracket is as narrow as asked for
-    "estimated",  # η_c is predicted from a probe or two, with its uncertainty and without a bracket
+    "found",  # L(lower) ≤ L(θ) < L(upper), as far as the noise tells, and as narrow as asked for
     "not_descent",  # the slope is not positive and no decrease was found: η_c = 0
     "no_upper",  # the loss never rises along the update
     "no_lower",  # the loss never falls along the update
+    "noise_limited",  # the noise of the loss hides where it crosses L(θ)
     "non_finite",  # L(θ) itself is NaN or infinite
     "exhausted",  # the evaluations were spent
     "skipped_step",  # the optimizer skipped this step (overflow under fp16 loss scaling)
     "zero_lr",  # the learning rate is zero: nothing has moved
-    "noise_limited",  # the loss repeats too badly to tell L(θ − ηΔθ) from L(θ)
-    "failed",  # an error during the measurement; `reason` says which
+    "failed",  # an error, or a loss that is not the one trained on; `reason` says which
 ]
 STATUSES: tuple[str, ...] = get_args(Status)
 
-#: Those that come with η_c and λ_c, and those that come without.
-MEASURED = ("found", "estimated")
-MISSED = tuple(status for status in STATUSES if status not in MEASURED)
-
-#: Above this ratio of loss noise to the predicted decrease s·η_c a root is not trusted.
-NOISE_LIMIT = 0.03
+#: Those that come without η_c and λ_c.
+MISSED = tuple(status for status in STATUSES if status != "found")
 
 #: Tag in TensorBoard and W&B → field of :class:`Measurement`.
 TAGS = {
@@ -76,13 +71,14 @@ class Measurement:
         slope: s = ⟨g, Δθ⟩ with the unclipped gradient g, the first-order decrease for a unit of
             learning rate.
         critical_lr: η_c = min{η > 0 : L(θ − ηΔθ) > L(θ)} (Def. 2.1), interpolated in its bracket.
-        critical_lr_error: relative standard uncertainty of an ``estimated`` η_c, and so of λ_c.
-            Under ``found`` the bracket is what is known, and this is ``None``.
-        critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper); under other
-            statuses than ``found`` the tightest one seen.
+        critical_lr_error: relative standard uncertainty of η_c, and so of λ_c: of interpolating it
+            (:func:`megatron_sharpness.search.estimates.interpolate`), and of the noise.
+        critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper) by more than
+            the noise; under other statuses than ``found`` the tightest one seen.
         critical_sharpness: λ_c = 2/η_c (Def. 2.1).
         directional_sharpness: λ_dir = ΔθᵀHΔθ / ⟨g, Δθ⟩ (Result 2.1), estimated from the probes as
-            :func:`megatron_sharpness.search.estimate_directional_sharpness` says.
+            :func:`megatron_sharpness.search.estimate_directional_sharpness` says, where one stands
+            out from the noise.
         edge_of_stability: 2/η − γ, the line for λ_max of the Hessian, γ being the decoupled weight
             decay, and for λ_c where γ is small beside 2/η. Along an update that holds the decay
             λ_c itself settles at 2/η (experiments/weight_decay).
@@ -98,8 +94,12 @@ class Measurement:
             the step's own batch has made: η_c^{1→2} = min{η > 0 : L₁(θ − ηΔθ₂) > L₁(θ)}.
         status: how the measurement ended, see :data:`Status`.
         non_monotone: whether the loss crossed L(θ) more than once along the line.
-        noise: root-mean-square error of a loss, in nats, seen when the run was first measured.
-        reason: for ``failed`` and ``noise_limited``, what was seen.
+        noise: root-mean-square error of one loss, in nats: of rounding the weights to the precision
+            in which the forward pass reads them, √(Σ g²u²/12) with their spacing u; of kernels, as
+            L(θ) was seen to repeat when it was first measured; and of fp32.
+        replay_error: |replayed L(θ) − training loss|, in nats, as the run's first measurement has
+            seen it; None where the training loss is not known.
+        reason: what was seen, where the status does not say it all.
     """
 
     iteration: int
@@ -124,6 +124,7 @@ class Measurement:
     tokens: int | None = None
     non_monotone: bool = False
     noise: float | None = None
+    replay_error: float | None = None
     reason: str | None = None
 
     def to_json(self) -> str:

@@ -8,40 +8,39 @@ the same decisions.
 from __future__ import annotations
 
 import math
-import re
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, get_args
+from functools import partial
+from typing import Any, Protocol
 
-from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import (
-    NOISE_LIMIT,
     TRAIN,
     Measurement,
-    Status,
     edge_of_stability,
     edge_of_stability_preconditioned,
 )
 from megatron_sharpness.search import (
-    Method,
-    Probe,
     SearchResult,
     estimate_directional_sharpness,
     find_critical_lr,
     find_critical_lrs,
-    predict_critical_lr,
+    first_probe,
 )
-
-#: L(θ) of the training pass and its replay agree to this, relatively, where nothing is wrong: they
-#: differ in the order and precision of the sum over micro-batches alone.
-SELF_TEST_TOLERANCE = 2e-6
-
-#: Displacements, in units of the learning rate, at which the loss is still linear: what it deviates
-#: there from L(θ) − ηs is noise, of the device or of rounding the weights.
-NOISE_DISPLACEMENTS = (2.0**-10, 2.0**-9)
+from megatron_sharpness.self_test import (
+    ROUNDING,
+    STILL,
+    WrongLoss,
+    agrees,
+    is_exact,
+    repeat_error,
+    replay_error,
+    slope_ratio,
+    wrong_slope,
+)
+from megatron_sharpness.settings import Settings
 
 
 class Sink(Protocol):
@@ -55,74 +54,14 @@ class ProbeError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to measure with.
-
-    Attributes:
-        every: interval in iterations; 0 is off.
-        method: line search: ``certified``, ``point`` or the paper's ``bisection``.
-        tolerance: width |1 − lower/upper| of the bracket to reach, or largest uncertainty of an
-            estimate, in (0, 1).
-        initial_guess: learning rate at which the very first search starts; the step's own if None.
-        max_evaluations: most forward passes that one search may spend.
-        on_error: what a failed measurement does to the run.
-
-    Raises:
-        SettingError: a value cannot be used; the message names it, the reason and the remedy.
-    """
-
-    every: int = 100
-    method: Method = "certified"
-    tolerance: float = 1 / 16
-    initial_guess: float | None = None
-    max_evaluations: int = 40
-    on_error: Literal["warn", "raise"] = "warn"
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise SettingError(
-                "every", self.every, "an interval is positive; give 100, or 0 to switch it off"
-            )
-        if self.method not in get_args(Method):
-            raise SettingError(
-                "method",
-                self.method,
-                f"no such line search; give one of {', '.join(map(repr, get_args(Method)))}",
-            )
-        if not 0.0 < self.tolerance < 1.0:
-            raise SettingError(
-                "tolerance",
-                self.tolerance,
-                "a relative width lies between 0 and 1; give 0.0625, the default, or leave it out",
-            )
-        if self.initial_guess is not None and not 0.0 < self.initial_guess < math.inf:
-            raise SettingError(
-                "initial_guess",
-                self.initial_guess,
-                "a learning rate to start from is positive and finite; leave it out to start from "
-                "the step's own",
-            )
-        if self.max_evaluations < 1:
-            raise SettingError(
-                "max_evaluations",
-                self.max_evaluations,
-                "a search needs forward passes; give 40, the default, or leave it out",
-            )
-        if self.on_error not in ("warn", "raise"):
-            raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
-
-    def due(self, iteration: int) -> bool:
-        """Whether the interval divides ``iteration``."""
-        return self.every > 0 and iteration % self.every == 0
-
-
-@dataclass(frozen=True)
 class Step:
     """An optimizer step that has been made, and whose update is to be measured.
 
     Attributes:
-        training_loss: L(θ) of the training pass, or None where it is not the loss that the probes
-            evaluate (other batch, other mode) and has to be evaluated too.
+        trained: whether the probes evaluate the loss that was differentiated: not in mode ``eval``.
+        training_loss: L(θ) of the training pass, where it is known.
+        noise: root-mean-square error of a loss from rounding the weights, σ = √(Σ g²u²/12) with the
+            spacing u of the precision in which the forward pass reads a weight, in nats.
         skipped: the optimizer did not step.
         failed: why the step could not be observed, if so.
         started: ``time.perf_counter()`` when the measurement began.
@@ -135,10 +74,11 @@ class Step:
     consumed_samples: int | None = None
     weight_decay: float = 0.0
     beta1: float | None = None
+    trained: bool = True
     training_loss: float | None = None
     slope: float | None = None
+    noise: float = 0.0
     update_norm: float | None = None
-    tokens: int | None = None
     skipped: bool = False
     failed: str | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -149,23 +89,26 @@ class MeterState:
     """What a resumed run needs in order to measure what an uninterrupted one does.
 
     Attributes:
-        guess: η_c last found, where the next search starts.
-        replay_is_exact: whether the replayed L(θ) was seen to equal the training loss; None before
-            the first measurement.
-        noise: root-mean-square error of a loss in nats; None before the first measurement.
+        guesses: η_c last found, where the next search starts, by name of the data.
+        repeat_errors: root-mean-square error of L(θ) evaluated again, in nats, by name of the data,
+            as it was seen when that loss was first measured.
+        replay_error: |replayed L(θ) − training loss|, in nats; None where none was compared.
+        slope_agrees: whether next to θ the loss was seen to fall as the slope says; None before.
         measurements: measurements so far.
-        guesses: ``guess`` of every loss on other data, by name.
     """
 
-    guess: float | None = None
-    replay_is_exact: bool | None = None
-    noise: float | None = None
-    measurements: int = 0
     guesses: dict[str, float] = field(default_factory=dict)
+    repeat_errors: dict[str, float] = field(default_factory=dict)
+    replay_error: float | None = None
+    slope_agrees: bool | None = None
+    measurements: int = 0
 
 
-#: η and the names of losses on other data ↦ for each its L(θ − ηΔθ) and number of tokens, the same
-#: numbers on every rank. It raises :class:`ProbeError`, on all ranks, where there is no number.
+#: η ↦ L(θ − ηΔθ) and the number of tokens, the same numbers on every rank. The loss may be NaN or
+#: Inf; :class:`ProbeError` is raised, on all ranks, where there is no number.
+LossAt = Callable[[float], tuple[float, int]]
+
+#: The same of the losses on other data of these names.
 LossesAt = Callable[[float, Sequence[str]], Mapping[str, tuple[float, int]]]
 
 
@@ -185,30 +128,24 @@ class Meter:
     warn: Callable[[str], object] = warnings.warn
     state: MeterState = field(default_factory=MeterState)
 
-    def measure(
-        self,
-        step: Step,
-        loss_at: Callable[[float], float],
-        change_at: Callable[[float], float] | None = None,
-    ) -> Measurement:
+    def measure(self, step: Step, loss_at: LossAt) -> Measurement:
         """Find η_c of ``step`` and write the record to the sinks.
 
-        Args:
-            step: the step that has been made.
-            loss_at: η ↦ L(θ − ηΔθ), the same number on every rank. It may return NaN or Inf, and
-                raises :class:`ProbeError`, on all ranks, where there is no number.
-            change_at: η ↦ L(θ − ηΔθ) − L(θ) over a part of the batch, if the search is to be
-                located with it: η_c is predicted from one such change, at the price of that part,
-                and the search begins there. It does not count as an evaluation.
+        The first measurement of a run tests what is evaluated, as
+        :mod:`megatron_sharpness.self_test` says. From then on the training loss, where it is known,
+        is L(θ), and costs nothing.
 
         Raises:
             ProbeError: the measurement failed and ``settings.on_error`` is ``raise``. The record
                 has been written by then.
         """
-        outcome = self._outcome(step, loss_at, change_at)
+        if self.state.slope_agrees is False:
+            step = replace(step, slope=None)
+        record = _unmeasured(step, TRAIN)
+        if record is None:
+            record = self._measured(step, loss_at)
         self.state.measurements += 1
-        known = {"loss": step.training_loss, "slope": step.slope, "tokens": step.tokens}
-        return self._record(step, TRAIN, {**known, **outcome})
+        return self._written(step, record)
 
     def measure_others(
         self, step: Step, names: Iterable[str], losses_at: LossesAt
@@ -232,35 +169,11 @@ class Meter:
         """
         if not (names := list(names)):
             return {}
-        step = replace(step, slope=None, started=time.perf_counter())
-        outcomes = self._outcomes(step, names, losses_at)
-        return {name: self._record(step, name, outcome) for name, outcome in outcomes.items()}
-
-    def _record(self, step: Step, batch: str, outcome: dict[str, Any]) -> Measurement:
-        """The record, written to the sinks."""
-        measurement = Measurement(
-            iteration=step.iteration,
-            consumed_samples=step.consumed_samples,
-            lr=step.lr,
-            batch=batch,
-            update_norm=step.update_norm,
-            noise=self.state.noise,
-            **outcome,
-            seconds=time.perf_counter() - step.started,
-        )
-        for sink in self.sinks:
-            try:
-                sink.write(measurement)
-            except Exception:
-                if self.settings.on_error == "raise":
-                    raise
-                self.warn(
-                    f"critical sharpness: {type(sink).__name__} could not write iteration "
-                    f"{step.iteration}:\n{traceback.format_exc()}"
-                )
-        if measurement.status == "failed" and self.settings.on_error == "raise":
-            raise ProbeError(measurement.reason)
-        return measurement
+        slope = step.slope if self.state.slope_agrees is not False else None
+        step = replace(step, started=time.perf_counter(), slope=slope)
+        unmeasured = {name: record for name in names if (record := _unmeasured(step, name))}
+        records = unmeasured or self._measured_others(step, names, losses_at)
+        return {name: self._written(step, records[name]) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers, for a checkpoint."""
@@ -271,184 +184,253 @@ class Meter:
         known = {entry.name for entry in fields(MeterState)}
         self.state = MeterState(**{key: value for key, value in state.items() if key in known})
 
-    def _outcome(
-        self,
-        step: Step,
-        loss_at: Callable[[float], float],
-        change_at: Callable[[float], float] | None,
-    ) -> dict[str, Any]:
-        """The fields of the record that the measurement itself determines."""
-        if (ended := _ended_early(step)) is not None:
-            return ended
+    def _measured(self, step: Step, loss_at: LossAt) -> Measurement:
+        record = _blank(step, TRAIN)
+        tokens: int | None = None
+
+        def loss_alone(eta: float) -> float:
+            nonlocal tokens
+            loss, tokens = loss_at(eta)
+            return loss
+
         try:
-            loss = self._loss_at_start(step, loss_at)
+            loss = self._loss_at_start(step, loss_alone)
+            noise = self._noise(step, TRAIN, loss)
+            record = replace(record, loss=loss, noise=noise, replay_error=self.state.replay_error)
             search = find_critical_lr(
-                loss_at,
+                loss_alone,
                 loss=loss,
-                guess=self._guess(step, loss, change_at),
+                guess=self._guess(step, TRAIN),
                 slope=step.slope,
+                noise=noise,
                 tolerance=self.settings.tolerance,
                 method=self.settings.method,
                 max_evaluations=self.settings.max_evaluations,
             )
+            record = replace(record, tokens=tokens, evaluations=search.evaluations)
+            found = self._test_slope(step, _read(step, record, search), search, loss_alone)
+        except WrongLoss as wrong:
+            return replace(record, reason=str(wrong))
         except Exception as error:  # whatever it is, the run goes on
-            return _failed(step, error)
-        outcome = self._found(step, loss, search)
-        self.state.guess = outcome.get("critical_lr", self.state.guess)
-        return outcome
+            return replace(record, reason=f"{type(error).__name__}: {error}")
+        self._remember(found)
+        return found
 
-    def _outcomes(
+    def _measured_others(
         self, step: Step, names: Sequence[str], losses_at: LossesAt
-    ) -> dict[str, dict[str, Any]]:
-        """:meth:`_outcome` of losses on other data, by name."""
-        if (ended := _ended_early(step)) is not None:
-            return dict.fromkeys(names, ended)
-        first = self.settings.initial_guess or step.lr
+    ) -> dict[str, Measurement]:
+        """:meth:`_measured` of losses on other data, by name."""
+        records = {name: _blank(step, name) for name in names}
         try:
             start = losses_at(0.0, names)
-            losses = {name: loss for name, (loss, _) in start.items()}
+            for name, (loss, tokens) in start.items():
+                records[name] = replace(records[name], loss=loss, tokens=tokens)
+                try:
+                    self._test_repeat(name, loss, partial(_loss_of, losses_at, name))
+                except WrongLoss as wrong:
+                    records[name] = replace(records[name], reason=str(wrong))
+            losses = {name: start[name][0] for name in names if records[name].reason is None}
+            noises = {name: self._noise(step, name, loss) for name, loss in losses.items()}
             searches = find_critical_lrs(
                 lambda eta, some: {name: loss for name, (loss, _) in losses_at(eta, some).items()},
                 losses=losses,
-                guesses={name: self.state.guesses.get(name, first) for name in names},
+                guesses={
+                    name: first_probe(self._guess(step, name), step.slope, noise)
+                    for name, noise in noises.items()
+                },
+                noises=noises,
                 tolerance=self.settings.tolerance,
                 method=self.settings.method,
                 max_evaluations=self.settings.max_evaluations,
             )
         except Exception as error:  # whatever it is, the run goes on
-            return dict.fromkeys(names, _failed(step, error))
-        outcomes = {}
+            reason = f"{type(error).__name__}: {error}"
+            return {name: replace(record, reason=reason) for name, record in records.items()}
         for name, search in searches.items():
-            outcomes[name] = self._found(step, losses[name], search) | {"tokens": start[name][1]}
-            if (eta := outcomes[name].get("critical_lr")) is not None:
-                self.state.guesses[name] = eta
-        return outcomes
+            record = replace(records[name], noise=noises[name], evaluations=search.evaluations)
+            records[name] = _read(step, record, search)
+            self._remember(records[name])
+        return records
 
-    def _guess(
-        self, step: Step, loss: float, change_at: Callable[[float], float] | None
-    ) -> float:
+    def _guess(self, step: Step, name: str) -> float:
         """Where the search begins."""
-        guess = self.state.guess or self.settings.initial_guess or step.lr
-        if change_at is None or not math.isfinite(loss):
-            return guess
-        located = Probe(guess, loss + change_at(guess))
-        return predict_critical_lr(loss, step.slope, located) or guess
+        return self.state.guesses.get(name) or self.settings.initial_guess or step.lr
+
+    def _remember(self, record: Measurement) -> None:
+        """Where the next search begins."""
+        if record.critical_lr is not None:
+            self.state.guesses[record.batch] = record.critical_lr
+
+    def _noise(self, step: Step, name: str, loss: float) -> float:
+        """Root-mean-square error of one loss: of the weights' rounding, of kernels, and of fp32."""
+        return math.hypot(step.noise, self.state.repeat_errors.get(name, 0.0), ROUNDING * loss)
 
     def _loss_at_start(self, step: Step, loss_at: Callable[[float], float]) -> float:
         """L(θ): the training loss where its replay is known to equal it, an evaluation elsewhere.
 
-        The first measurement of a run is the self-test: it replays L(θ), compares, and probes the
-        noise of the loss close to θ.
+        Raises:
+            WrongLoss: it does not repeat, or is not the loss that was trained on.
         """
-        trained = step.training_loss
-        if trained is not None and (self.state.replay_is_exact or not math.isfinite(trained)):
+        state, trained = self.state, step.training_loss
+        if trained is None:
+            loss = loss_at(0.0)
+            self._test_repeat(TRAIN, loss, lambda: loss_at(0.0))
+            return loss
+        if not math.isfinite(trained) or is_exact(state.replay_error, trained):
             return trained
         loss = loss_at(0.0)
-        if self.state.noise is None and math.isfinite(loss):
-            self.state.noise = _noise(step, loss, loss_at)
-        if self.state.replay_is_exact is None and trained is not None:
-            error = abs(loss - trained)
-            self.state.replay_is_exact = error <= SELF_TEST_TOLERANCE * max(1.0, abs(trained))
-            if self.state.replay_is_exact:
-                return trained
+        exact = is_exact(abs(loss - trained), trained)
+        self._test_repeat(TRAIN, loss, lambda: trained if exact else loss_at(0.0))
+        error = replay_error(loss, trained)
+        if state.replay_error is None and not exact:
             self.warn(
                 f"critical sharpness: the replayed loss {loss!r} differs from the training loss "
                 f"{trained!r} at iteration {step.iteration}. L(θ) is evaluated at each "
                 "measurement from now on, at the cost of one forward pass. The cause is a forward "
                 "pass that does not repeat: non-deterministic kernels, or state that it changes."
             )
-        return loss
+        state.replay_error = error
+        return trained if exact else loss
 
-    def _found(self, step: Step, loss: float, search: SearchResult) -> dict[str, Any]:
-        outcome: dict[str, Any] = {
-            **_lines(step),
-            "loss": loss,
-            "status": search.status,
-            "evaluations": search.evaluations,
-            "non_monotone": search.non_monotone,
-            "critical_lr_lower": search.lower,
-            "critical_lr_upper": search.upper,
-            "directional_sharpness": estimate_directional_sharpness(
-                loss, step.slope, search.probes
-            ),
-        }
-        if search.eta is None:
-            return outcome
-        fall = _fall(loss, search) if step.slope is None else step.slope * search.eta
-        noise = self.state.noise / fall if self.state.noise and fall > 0.0 else 0.0
-        if noise > NOISE_LIMIT:
-            return outcome | _ended(
-                "noise_limited",
-                reason=f"the noise of the loss is {noise:.0%} of the predicted decrease s·η_c",
-            )
-        return outcome | {
-            "critical_lr": search.eta,
-            "critical_lr_error": None if search.error is None else math.hypot(search.error, noise),
-            "critical_sharpness": 2.0 / search.eta,
-            "lr_over_critical": step.lr / search.eta,
-        }
+    def _test_repeat(self, name: str, loss: float, again: Callable[[], float]) -> None:
+        """Once for each loss: whether it repeats, and with which error.
 
+        Raises:
+            WrongLoss: it does not.
+        """
+        if name not in self.state.repeat_errors and math.isfinite(loss):
+            self.state.repeat_errors[name] = repeat_error(loss, again)
 
-def check_names(names: Iterable[str]) -> None:
-    """Refuse names of losses that no tag can have.
+    def _test_slope(
+        self,
+        step: Step,
+        record: Measurement,
+        search: SearchResult,
+        loss_at: Callable[[float], float],
+    ) -> Measurement:
+        """Once a run: whether next to θ the loss falls as the slope says.
 
-    Raises:
-        SettingError: names the name, the reason and the remedy.
-    """
-    for name in names:
-        if name == TRAIN or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise SettingError(
-                "losses",
-                name,
-                "a name is a tag's last part, and 'train' is the step's own batch; give one of "
-                "letters, digits, '_', '.' and '-'",
-            )
+        Where it does not and the loss is known to be right, the slope is of more than this loss,
+        and not used.
 
-
-def _ended_early(step: Step) -> dict[str, Any] | None:
-    """Where there is no update to go along."""
-    if step.failed is not None:
-        return _ended("failed", reason=step.failed)
-    if step.skipped:
-        return _ended("skipped_step")
-    return _ended("zero_lr") if step.lr == 0.0 else None
-
-
-def _failed(step: Step, error: Exception) -> dict[str, Any]:
-    return _lines(step) | _ended("failed", reason=f"{type(error).__name__}: {error}")
-
-
-def _lines(step: Step) -> dict[str, Any]:
-    """The edges of stability of the step's learning rate."""
-    lines = {"edge_of_stability": edge_of_stability(step.lr, step.weight_decay)}
-    if step.beta1 is not None:
-        lines["edge_of_stability_preconditioned"] = edge_of_stability_preconditioned(
-            step.lr, step.weight_decay, step.beta1
+        Raises:
+            WrongLoss: it does not, and the loss may be the wrong one.
+        """
+        slope, state = step.slope, self.state
+        if state.slope_agrees is not None or slope is None or not 0 < slope < math.inf:
+            return record
+        assert record.loss is not None and record.noise is not None
+        ratio = slope_ratio(
+            record.loss, slope, record.noise, search.probes, search.eta or search.upper, loss_at
         )
-    return lines
+        if ratio is None:
+            return record
+        known = not step.trained or (state.replay_error is not None and abs(ratio) >= STILL)
+        if not agrees(ratio) and not known:
+            raise WrongLoss(wrong_slope(ratio))
+        state.slope_agrees = agrees(ratio)
+        if state.slope_agrees:
+            return record
+        if step.trained:
+            self.warn(
+                f"critical sharpness: next to θ the loss falls {ratio:.3g} times as fast as the "
+                "gradient says, so that the slope and the directional sharpness are left out of "
+                "the records. η_c does not depend on it. Likely causes: gradients that were "
+                "clipped, where the norm is not given, or losses that are in the gradient alone."
+            )
+        return replace(record, slope=None, directional_sharpness=None)
+
+    def _written(self, step: Step, record: Measurement) -> Measurement:
+        """The record with its time, written to the sinks."""
+        record = replace(record, seconds=time.perf_counter() - step.started)
+        for sink in self.sinks:
+            try:
+                sink.write(record)
+            except Exception:
+                if self.settings.on_error == "raise":
+                    raise
+                self.warn(
+                    f"critical sharpness: {type(sink).__name__} could not write iteration "
+                    f"{step.iteration}:\n{traceback.format_exc()}"
+                )
+        if record.status == "failed" and self.settings.on_error == "raise":
+            raise ProbeError(record.reason)
+        return record
 
 
-def _fall(loss: float, search: SearchResult) -> float:
-    """s·η_c of a loss whose slope s is not known, from the ends of the bracket.
-
-    With h(η) = (L(θ − ηΔθ) − L(θ))/η = s(η/η_c − 1) of a quadratic loss it is η_c²·dh/dη.
-    """
-    losses = {probe.lr: probe.loss for probe in search.probes}
-    lower, upper, eta = search.lower, search.upper, search.eta
-    if lower is None or upper is None or eta is None or not math.isfinite(losses[upper]):
-        return 0.0
-    rise = (losses[upper] - loss) / upper - (losses[lower] - loss) / lower
-    return rise / (upper - lower) * eta * eta
+def _loss_of(losses_at: LossesAt, name: str) -> float:
+    """L(θ) of one of the losses."""
+    return losses_at(0.0, [name])[name][0]
 
 
-def _ended(status: Status, reason: str | None = None) -> dict[str, Any]:
-    return {"status": status, "reason": reason}
+def _blank(step: Step, name: str) -> Measurement:
+    """The record of a step before anything was evaluated."""
+    record = Measurement(
+        iteration=step.iteration,
+        consumed_samples=step.consumed_samples,
+        lr=step.lr,
+        batch=name,
+        status="failed",
+        slope=step.slope if name == TRAIN else None,
+        update_norm=step.update_norm,
+    )
+    if step.lr == 0.0:
+        return record
+    line = edge_of_stability(step.lr, step.weight_decay)
+    if step.beta1 is None:
+        return replace(record, edge_of_stability=line)
+    other = edge_of_stability_preconditioned(step.lr, step.weight_decay, step.beta1)
+    return replace(record, edge_of_stability=line, edge_of_stability_preconditioned=other)
 
 
-def _noise(step: Step, loss: float, loss_at: Callable[[float], float]) -> float:
-    """Root-mean-square deviation of L(θ − ηΔθ) from L(θ) − ηs at displacements next to none."""
-    squares = []
-    for displacement in NOISE_DISPLACEMENTS:
-        eta = displacement * step.lr
-        squares.append((loss_at(eta) - loss + eta * (step.slope or 0.0)) ** 2)
-    return math.sqrt(sum(squares) / len(squares))
+def _unmeasured(step: Step, name: str) -> Measurement | None:
+    """The record where there is no update to go along."""
+    record = _blank(step, name)
+    if step.failed is not None:
+        return replace(record, reason=step.failed)
+    if step.skipped:
+        return replace(record, status="skipped_step")
+    return replace(record, status="zero_lr") if step.lr == 0.0 else None
+
+
+def _read(step: Step, record: Measurement, search: SearchResult) -> Measurement:
+    """The record with what the search has found."""
+    assert record.loss is not None and record.noise is not None
+    record = replace(
+        record,
+        status=search.status,
+        reason=search.reason,
+        non_monotone=search.non_monotone,
+        critical_lr_lower=search.lower,
+        critical_lr_upper=search.upper,
+        directional_sharpness=estimate_directional_sharpness(
+            record.loss, record.slope, search.probes, noise=record.noise
+        ),
+    )
+    if search.status == "noise_limited":
+        return replace(record, reason=_hidden(step, record))
+    if search.eta is None:
+        return record
+    return replace(
+        record,
+        critical_lr=search.eta,
+        critical_lr_error=search.error,
+        critical_sharpness=2.0 / search.eta,
+        lr_over_critical=step.lr / search.eta,
+    )
+
+
+def _hidden(step: Step, record: Measurement) -> str:
+    """What hides η_c, and what would help."""
+    assert record.noise is not None
+    bracketed = record.critical_lr_lower is not None and record.critical_lr_upper is not None
+    where = "as narrow a bracket as was asked for" if bracketed else "where it falls below L(θ)"
+    if step.noise > record.noise / 2:
+        source, remedy = "of rounding the weights to 16 bits", "fp32 weights in the forward pass"
+    else:
+        source, remedy = "of evaluating it again", "kernels that repeat, or fp32"
+    return (
+        f"the noise of the loss, {record.noise:.2g} nat {source}, hides {where}; what would help: "
+        f"{remedy}, more tokens in the batch, a higher learning rate"
+        + (", or a wider tolerance" if bracketed else "")
+    )

@@ -95,13 +95,19 @@ class UpdateLine:
             shard.main.copy_(start)
 
     @torch.no_grad()
-    def products(self, gradients: Iterable[Tensor | None], total: Tensor) -> None:
-        """Add ⟨g, θ_t − θ_{t+1}⟩, ‖θ_t − θ_{t+1}‖² and ‖g‖² of the shards that count to ``total``.
+    def products(
+        self, gradients: Iterable[Tensor | None], total: Tensor, read_in: torch.dtype | None = None
+    ) -> None:
+        """Add ⟨g, θ_t − θ_{t+1}⟩, ‖θ_t − θ_{t+1}‖², ‖g‖² and Σ g²u²/12 to ``total``.
+
+        They are of the shards that count. u is the :func:`spacing` at a weight of θ_t: the last sum
+        is the variance of the loss where each weight is rounded by itself, to first order.
 
         Args:
             gradients: for each shard the gradient that the step used, of the elements of
                 ``Shard.main``, or None where there is none.
-            total: fp64, shape [3].
+            total: fp64, shape [4].
+            read_in: the type that the forward pass casts weights to, where it is not the model's.
         """
         for shard, start, end, grad in zip(
             self.shards, self._starts, self._ends, gradients, strict=True
@@ -110,14 +116,18 @@ class UpdateLine:
                 continue
             device = shard.model.device
             precision = torch.promote_types(start.dtype, torch.float32)
-            sums = torch.zeros(3, dtype=torch.float64, device=device)
+            coarsest = max(shard.model.dtype, read_in or shard.model.dtype, key=_epsilon)
+            sums = torch.zeros(4, dtype=torch.float64, device=device)
             for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
-                update = a.to(device, precision) - b.to(device, precision)
+                weights = a.to(device, precision)
+                update = weights - b.to(device, precision)
                 sums[1] += torch.sum(update * update, dtype=torch.float64)
                 for piece in g:
                     gradient = piece.to(device, precision)
                     sums[0] += torch.sum(gradient * update, dtype=torch.float64)
                     sums[2] += torch.sum(gradient * gradient, dtype=torch.float64)
+                    gradient = gradient * spacing(weights, coarsest)
+                    sums[3] += torch.sum(gradient * gradient, dtype=torch.float64) / 12
             total += sums.to(total.device)
 
     def _copy(self, tensor: Tensor) -> Tensor:
@@ -127,6 +137,29 @@ class UpdateLine:
             tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
         )
         return host.copy_(tensor.detach())
+
+
+#: Integer of the same size, and the bits of the exponent in it.
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+
+def spacing(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between the numbers of a floating-point type around each weight.
+
+    Args:
+        weights: fp32 or fp64.
+        dtype: the type, such as ``torch.bfloat16``.
+    """
+    bits, exponent = _EXPONENTS[weights.dtype]
+    power = (weights.view(bits) & exponent).view(weights.dtype)  # of two, at most |weight|
+    return power.clamp_(min=torch.finfo(dtype).tiny).mul_(torch.finfo(dtype).eps)
+
+
+def _epsilon(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def _chunks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

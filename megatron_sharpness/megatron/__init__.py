@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sharpness.arguments import add_arguments, add_microbatches_argument
+from megatron_sharpness.arguments import add_arguments
 
 __all__ = ["hooked", "install"]
 
@@ -27,7 +27,7 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
 
     @functools.wraps(add_megatron_arguments)
     def add_all_arguments(parser: Any) -> Any:
-        return add_microbatches_argument(add_arguments(add_megatron_arguments(parser)))
+        return add_arguments(add_megatron_arguments(parser))
 
     @functools.wraps(validate_args)
     def validate_and_attach(args: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, Settings, Sink
+from megatron_sharpness.meter import Meter, Sink
+from megatron_sharpness.settings import Settings
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 try:
@@ -50,9 +51,7 @@ class CriticalSharpnessCallback(Callback):
         sinks: where records go in addition, from the last rank, which is Bridge's logging one.
         mode: ``train`` replays the step's own dropout masks; ``eval`` switches dropout off.
         offload: ``cpu`` keeps the copy of the parameters in host memory.
-        microbatches: begin a search with a pass over the first so many micro-batches only; 0, the
-            default, is off.
-        settings: the other fields of :class:`~megatron_sharpness.meter.Settings`.
+        settings: the other fields of :class:`~megatron_sharpness.settings.Settings`.
 
     Raises:
         InputError: something here cannot be measured with; the message says why and what to do.
@@ -65,22 +64,16 @@ class CriticalSharpnessCallback(Callback):
         *,
         mode: Literal["train", "eval"] = "train",
         offload: Literal["none", "cpu"] = "none",
-        microbatches: int = 0,
         **settings: Any,
     ) -> None:
         if mode not in ("train", "eval"):
             raise SettingError("mode", mode, "give 'train' or 'eval'")
         if offload not in ("none", "cpu"):
             raise SettingError("offload", offload, "give 'none' or 'cpu'")
-        if microbatches < 0 or (microbatches and mode == "eval"):
-            raise SettingError(
-                "microbatches", microbatches, "give 0, or a number of micro-batches in mode 'train'"
-            )
         self._settings = Settings(every=every, **settings)
         self._sinks = sinks
         self._mode = mode
         self._offload = offload == "cpu"
-        self._microbatches = microbatches
         self._schedule: Any = None
         self._recording: RecordingSchedule | None = None
         self._observed: ObservedStep | None = None
@@ -148,7 +141,6 @@ class CriticalSharpnessCallback(Callback):
                 consumed_samples=state.train_state.consumed_train_samples
                 + get_current_running_global_batch_size(),
                 trained=self._mode == "train",
-                microbatches=self._microbatches,
             )
 
 

@@ -30,7 +30,6 @@ from megatron_sharpness import evaluation
 from megatron_sharpness.arguments import (
     check_evaluation,
     check_log_is_writable,
-    check_microbatches,
     interleaved_group,
     log_path,
     settings_of,
@@ -41,8 +40,9 @@ from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
-from megatron_sharpness.meter import Meter, Settings, Sink
+from megatron_sharpness.meter import Meter, Sink
 from megatron_sharpness.relative.adaptive import AdaptiveMix
+from megatron_sharpness.settings import Settings
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.
@@ -82,7 +82,6 @@ class MeasuredTrainStep:
         self._settings = settings
         self._offload = args.critical_sharpness_offload == "cpu"
         self._mode = args.critical_sharpness_mode
-        self._microbatches = args.critical_sharpness_microbatches
         self._frozen: int | None = args.critical_sharpness_frozen
         self._frozen_run: FrozenRun | None = None
         self._sources = sources
@@ -150,7 +149,6 @@ class MeasuredTrainStep:
                 iteration=iteration,
                 consumed_samples=consumed,
                 trained=self._mode == "train",
-                microbatches=self._microbatches,
                 others=self._others or (),
                 frozen=self._frozen is not None,
             )
@@ -220,7 +218,6 @@ def attach(args: Any) -> None:
         RuntimeError: this version of Megatron lacks what the hook needs.
     """
     settings = settings_of(args)
-    check_microbatches(args)
     sources = check_evaluation(
         args, args.micro_batch_size * args.data_parallel_size * interleaved_group(args)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.transformer.moe import router
 from megatron.core.utils import StragglerDetector
 
 from megatron_sharpness.evaluation import EvaluationSet
@@ -37,11 +39,6 @@ class RecordingSchedule:
         self._batches = _map_iterators(kwargs["data_iterator"], _Tee)
         self.losses = self.schedule(**{**kwargs, "data_iterator": self._batches})
         return self.losses
-
-    @property
-    def microbatches(self) -> int:
-        """How many micro-batches the step has on a rank."""
-        return int(self._kwargs["num_microbatches"])
 
     def micro_batches(self, samples: EvaluationSet) -> MicroBatches:
         """This rank's part of other data, laid out as the micro-batches of training are.
@@ -81,16 +78,12 @@ class RecordingSchedule:
             if isinstance(state, Buffers):
                 state.restore()
 
-    def replay(self, microbatches: int | None = None) -> Any:
-        """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights.
-
-        Args:
-            microbatches: how many of the step's micro-batches, its first ones; all if None.
-        """
+    def replay(self) -> Any:
+        """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights."""
         for state in self._before:
             state.restore()
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
-        return self._forward(batches, microbatches or self.microbatches)
+        return self._forward(batches, int(self._kwargs["num_microbatches"]))
 
     def _forward(self, batches: Any, microbatches: int) -> Any:
         changed = {
@@ -225,6 +218,31 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+#: Iterations of a router's Sinkhorn algorithm in a probe: in training it takes tens.
+SINKHORN_ITERATIONS = 1000
+
+
+class _Patience:
+    """A tolerance that after enough comparisons is met: at weights far out, the loop
+    ``while error > tolerance`` in Megatron's ``sinkhorn`` (moe_utils.py) may never end."""
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._comparisons = 0
+
+    def __lt__(self, error: Any) -> bool:
+        self._comparisons += 1
+        return self._comparisons <= SINKHORN_ITERATIONS and bool(error > self._tolerance)
+
+
+def _with_patience(sinkhorn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(sinkhorn)
+    def sinkhorn_that_ends(cost: Any, tol: float = 0.0001) -> Any:
+        return sinkhorn(cost, _Patience(tol))
+
+    return sinkhorn_that_ends
+
+
 @contextlib.contextmanager
 def quiet(
     model: Sequence[Any], config: Any, mode: str, switches: Iterable[tuple[Any, str, Any]]
@@ -232,7 +250,7 @@ def quiet(
     """Megatron as a probe needs it, and afterwards as if nothing had happened.
 
     No result validation (NaN at a large η is an answer here), no timers, no straggler detection,
-    no gradient synchronization; random states, the model's buffers and its mode put back in the
+    no gradient synchronization, no router that iterates for ever; random states, the model's buffers and its mode put back in the
     end.
 
     Args:
@@ -252,6 +270,7 @@ def quiet(
         (config, "timers", None),
         (detector, "start", detector.null_method),
         (detector, "stop", detector.null_method),
+        (router, "sinkhorn", _with_patience(router.sinkhorn)),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     states, buffers = MegatronRandomStates(), _buffers_of(model)

@@ -195,16 +195,16 @@ class MegatronLine:
         self.lines = []
 
     def products(self) -> Tensor:
-        """⟨g, θ_t − θ_{t+1}⟩ and ‖θ_t − θ_{t+1}‖² over all ranks; fp64, shape [2].
+        """What :meth:`UpdateLine.products` sums, over all ranks; fp64, shape [4].
 
         g is the main gradient that the step has used, clipped as it was. Summed as Megatron sums
         the gradient norm: each optimizer over its own group of ranks.
         """
         device = torch.cuda.current_device()
-        total = torch.zeros(3, dtype=torch.float64, device=device)
+        total = torch.zeros(4, dtype=torch.float64, device=device)
         for line, group in self.lines:
             partial = torch.zeros_like(total)
             line.products((shard.main.grad for shard in line.shards), partial)
             torch.distributed.all_reduce(partial, group=group)
             total += partial
-        return total[:2]
+        return total

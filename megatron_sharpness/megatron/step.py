@@ -78,7 +78,6 @@ class ObservedStep:
         iteration: int,
         consumed_samples: int,
         trained: bool,
-        microbatches: int = 0,
         others: Sequence[EvaluationSet] = (),
         frozen: bool = False,
     ) -> dict[str, Measurement]:
@@ -90,7 +89,6 @@ class ObservedStep:
             iteration: number of the step.
             consumed_samples: samples trained on up to and with it.
             trained: whether the probes evaluate the loss that was trained on.
-            microbatches: on how many of the step's micro-batches the search is located; 0 is all.
             others: other data, whose losses are searched along the same update.
             frozen: leave the model at θ_t, and the optimizer's main parameters.
 
@@ -100,10 +98,6 @@ class ObservedStep:
         step = self._agree(iteration, consumed_samples, schedule, trained)
         if frozen and step.failed is not None:
             raise RuntimeError(f"iteration {iteration} could not be taken back: {step.failed}")
-
-        def change_at(eta: float) -> float:
-            start, _ = reduce_losses(schedule.losses[:microbatches], None)
-            return self._probe(eta / step.lr, [lambda: schedule.replay(microbatches)])[0][0] - start
 
         batches: dict[str, MicroBatches] = {}
 
@@ -115,9 +109,7 @@ class ObservedStep:
 
         try:
             record = meter.measure(
-                step,
-                lambda eta: self._probe(eta / step.lr, [schedule.replay])[0][0],
-                change_at if 0 < microbatches < schedule.microbatches else None,
+                step, lambda eta: self._probe(eta / step.lr, [schedule.replay])[0]
             )
             names = [samples.name for samples in others]
             return {TRAIN: record, **meter.measure_others(step, names, losses_at)}
@@ -177,15 +169,17 @@ class ObservedStep:
         if failed or skipped or lr == 0.0:
             self.line.release()
             return seen
-        loss, tokens = reduce_losses(schedule.losses, None)
+        loss, _ = reduce_losses(schedule.losses, None)
         products = self.line.products()
         dist.broadcast(products, src=0)
-        decrease, squared_norm = products.tolist()
+        decrease, squared_norm, _, variance = products.tolist()
+        clip = self._clip_coefficient(grad_norm)
         return dataclasses.replace(
             seen,
+            trained=trained,
             training_loss=loss if trained else None,
-            tokens=tokens,
-            slope=decrease / lr / self._clip_coefficient(grad_norm),
+            slope=decrease / lr / clip,
+            noise=math.sqrt(variance) / clip,
             update_norm=math.sqrt(squared_norm) / lr,
         )
 

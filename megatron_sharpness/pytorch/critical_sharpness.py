@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import TRAIN, Measurement
-from megatron_sharpness.meter import Meter, Settings, Sink, check_names
-from megatron_sharpness.pytorch.step import Evaluate, ObservedStep
+from megatron_sharpness.meter import Meter, Sink
+from megatron_sharpness.pytorch.step import Evaluate, LossSum, ObservedStep
 from megatron_sharpness.pytorch.support import refuse_unsupported
+from megatron_sharpness.settings import Settings, check_names
 
 
 class CriticalSharpness:
@@ -49,7 +50,7 @@ class CriticalSharpness:
         frozen: train nothing. Every step is taken back, while the optimizer's moments go on; the
             first so many steps are for the moments alone, and not measured. None, the default,
             trains.
-        settings: the other fields of :class:`~megatron_sharpness.meter.Settings`.
+        settings: the other fields of :class:`~megatron_sharpness.settings.Settings`.
 
     Raises:
         InputError: something here cannot be measured with; the message says why and what to do.
@@ -99,6 +100,7 @@ class CriticalSharpness:
         step: int,
         evaluate: Evaluate,
         *,
+        loss: LossSum | None = None,
         grad_norm: Tensor | float | None = None,
         consumed_samples: int | None = None,
     ) -> Measurement | None:
@@ -113,6 +115,9 @@ class CriticalSharpness:
                 order of the training step, and returns this rank's sum of losses and number of
                 tokens. A rank that holds no loss, or repeats another's, returns zeros. It is called
                 several times, under ``no_grad``.
+            loss: what the training step itself has computed: this rank's sum of losses and number
+                of tokens, of all its micro-batches, as ``evaluate`` returns them. It saves a pass
+                at each measurement, and tells an ``evaluate`` that does not reproduce it.
             grad_norm: L2 norm of all gradients before they were clipped, as ``clip_grad_norm_``
                 returns it; None where they were not clipped.
             consumed_samples: samples trained on up to and with this step, for the record.
@@ -149,9 +154,15 @@ class CriticalSharpness:
             ) as (loss_at, losses_at):
                 if not self._measures(step):
                     return None
-                seen = observed.agree(step, loss_at, grad_norm, consumed_samples)
+                seen = observed.agree(
+                    step,
+                    trained=self._mode == "train",
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    consumed_samples=consumed_samples,
+                )
                 record = self._meter.measure(
-                    seen, lambda learning_rate: loss_at(learning_rate / seen.lr)[0]
+                    seen, lambda learning_rate: loss_at(learning_rate / seen.lr)
                 )
                 others = self._meter.measure_others(
                     seen,

@@ -44,7 +44,7 @@ class CriticalSharpnessCallback(Callback):
         mode: ``train`` with the step's own dropout masks, or ``eval``: without dropout.
         offload: ``cpu`` keeps the copies of the parameters in host memory.
 
-    The other ones are those of :class:`~megatron_sharpness.meter.Settings`.
+    The other ones are those of :class:`~megatron_sharpness.settings.Settings`.
     """
 
     #: Before the checkpointer, so that a step's checkpoint holds what its measurement found.
@@ -53,8 +53,8 @@ class CriticalSharpnessCallback(Callback):
     every: int = 100
     mode: Literal["train", "eval"] = "train"
     offload: Literal["none", "cpu"] = "none"
-    method: Literal["certified", "point", "bisection"] = "certified"
-    tolerance: float = 1 / 16
+    method: Literal["certified", "bisection"] = "certified"
+    tolerance: float | None = None
     initial_guess: float | None = None
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,16 +85,29 @@ class ObservedOptimizer:
         error: what went wrong while watching.
         lr: the largest learning rate of its parameter groups, as the step used it.
         weight_decay: the largest weight decay.
-        products: this rank's ⟨g, θ_t − θ_{t+1}⟩, ‖θ_t − θ_{t+1}‖² and ‖g‖²; fp64, shape [3].
+        products: what :meth:`UpdateLine.products` sums on this rank; fp64, shape [4].
+
+    Args:
+        optimizer: to be watched.
+        read_in: gives, once the forward passes are over, the narrowest type that they read weights
+            in.
+        offload: keep the copies in host memory.
     """
 
-    def __init__(self, optimizer: Optimizer, *, offload: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        read_in: Callable[[], torch.dtype | None],
+        *,
+        offload: bool,
+    ) -> None:
         self.optimizer = optimizer
+        self._read_in = read_in
         self.stepped = False
         self.error: Exception | None = None
         self.lr = 0.0
         self.weight_decay = 0.0
-        self.products = torch.zeros(3, dtype=torch.float64)
+        self.products = torch.zeros(4, dtype=torch.float64)
         self._offload = offload
         self._line = UpdateLine([])
         self._handles = [
@@ -150,7 +163,7 @@ class ObservedOptimizer:
             if self.error is None:
                 self._line.end()
                 self.products = torch.zeros_like(self.products, device=self._line.device)
-                self._line.products(gradients, self.products)
+                self._line.products(gradients, self.products, self._read_in())
         except Exception as caught:
             self._fail(caught)
 

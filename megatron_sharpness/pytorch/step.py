@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -26,8 +27,11 @@ from megatron_sharpness.replay import (
     reduce_loss,
 )
 
-#: Gives a sum of losses in nats and the number of tokens that it was summed over.
-Evaluate = Callable[[], tuple[Tensor | float, Tensor | float]]
+#: A sum of losses in nats and the number of tokens that it was summed over.
+LossSum = tuple[Tensor | float, Tensor | float]
+
+#: Gives them at the model's weights.
+Evaluate = Callable[[], LossSum]
 
 #: The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t).
 LossAt = Callable[[float], tuple[float, int]]
@@ -47,7 +51,10 @@ class ObservedStep:
         self.error: Exception | None = None
         self._model = model
         self._passes = RecordedPasses(model)
-        self._optimizers = [ObservedOptimizer(entry, offload=offload) for entry in optimizers]
+        self._optimizers = [
+            ObservedOptimizer(entry, lambda: self._passes.read_in, offload=offload)
+            for entry in optimizers
+        ]
 
     @property
     def passes_seen(self) -> int:
@@ -139,11 +146,21 @@ class ObservedStep:
     def agree(
         self,
         number: int,
-        loss_at: LossAt,
+        *,
+        trained: bool,
+        loss: LossSum | None,
         grad_norm: Tensor | float | None,
         consumed_samples: int | None,
     ) -> Step:
-        """The step as all ranks see it, with L(θ) evaluated. Collective."""
+        """The step as all ranks see it. Collective.
+
+        Args:
+            number: of the step.
+            trained: whether the probes evaluate the loss that was differentiated.
+            loss: this rank's part of the training loss, as ``evaluate`` would return it.
+            grad_norm: of all gradients, before they were clipped.
+            consumed_samples: for the record.
+        """
         started = time.perf_counter()
         error = self.failure
         stepped = [seen for seen in self._optimizers if seen.stepped]
@@ -161,6 +178,7 @@ class ObservedStep:
             lr=lr,
             weight_decay=weight_decay,
             beta1=_beta1([seen.optimizer for seen in self._optimizers]),
+            trained=trained,
             skipped=bool(skipped),
             failed=first_error(error) if failed else None,
             started=started,
@@ -169,24 +187,23 @@ class ObservedStep:
             return seen
         products = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
         products = all_sum(products, collective_device())
-        decrease, squared_update, squared_gradient = products.tolist()
+        decrease, squared_update, squared_gradient, variance = products.tolist()
         if squared_update == 0.0:  # a fused optimizer under loss scaling decides on the device
             return dataclasses.replace(seen, skipped=True)
         clip = 1.0
         if grad_norm is not None and 0.0 < (norm := float(_whole(grad_norm))) < math.inf:
             clip = math.sqrt(squared_gradient) / norm
         try:
-            loss, tokens = loss_at(0.0)
+            training_loss = _training_loss(loss) if trained else None
         except ProbeError as caught:
             return dataclasses.replace(seen, failed=str(caught))
         return dataclasses.replace(
             seen,
-            training_loss=loss,
-            tokens=tokens,
+            training_loss=training_loss,
             slope=decrease / lr / clip if clip else 0.0,
+            noise=math.sqrt(variance) / clip if clip else 0.0,
             update_norm=math.sqrt(squared_update) / lr,
         )
-
 
 class RecordedPasses:
     """The random states of a step's forward passes, and the buffers before the first of them.
@@ -194,17 +211,20 @@ class RecordedPasses:
     Attributes:
         states: of each pass, in order.
         buffers: None before the first pass.
+        read_in: the narrowest type that a pass has read weights in, None before the first pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.states: list[RandomStates] = []
         self.buffers: Buffers | None = None
-        self._handle = model.register_forward_pre_hook(self._record)
+        self.read_in: torch.dtype | None = None
+        self._handles = [model.register_forward_pre_hook(self._record)]
 
     def release(self) -> None:
         """Record no further passes."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
@@ -221,7 +241,7 @@ class RecordedPasses:
             if (recorded := next(states, None)) is not None:
                 recorded.restore()
 
-        self._handle.remove()
+        self.release()
         handle = self._model.register_forward_pre_hook(set_random_states)
         try:
             yield
@@ -233,7 +253,40 @@ class RecordedPasses:
             return
         if self.buffers is None:
             self.buffers = Buffers([self._model])
+            self._note_type(self._model)
+            for module in _eager_owners(self._model):
+                self._note_type_once(module)
         self.states.append(RandomStates())
+
+    def _note_type_once(self, module: nn.Module) -> None:
+        """Note the type in which a module reads its weights at its next call."""
+
+        def note(*_: Any) -> None:
+            handle.remove()
+            self._note_type(module)
+
+        handle = module.register_forward_pre_hook(note)
+        self._handles.append(handle)
+
+    def _note_type(self, module: nn.Module) -> None:
+        weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        kinds = {p.device.type for p in weights} or {"cpu", collective_device().type}
+        types = [p.dtype for p in weights]
+        types += [torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)]
+        if self.read_in is not None:
+            types.append(self.read_in)
+        self.read_in = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def _eager_owners(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold matrices, but for those in compiled ones: a hook would compile anew."""
+    compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    if compiled or isinstance(module, torch.jit.ScriptModule):
+        return
+    if any(p.is_floating_point() and p.dim() > 1 for p in module.parameters(recurse=False)):
+        yield module
+    for child in module.children():
+        yield from _eager_owners(child)
 
 
 def collective_device() -> torch.device:
@@ -247,18 +300,37 @@ def _whole(value: Tensor | float) -> Tensor | float:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _sums(evaluated: Any) -> tuple[Tensor | float, Tensor | float]:
-    """What ``evaluate`` returned, checked."""
-    if not isinstance(evaluated, tuple) or len(evaluated) != 2:
+def _training_loss(loss: LossSum | None) -> float | None:
+    """The mean of all ranks, or None where not every rank gives its part. Collective.
+
+    Raises:
+        ProbeError: a rank's part is none that can be compared.
+    """
+    given = torch.tensor([loss is None], dtype=torch.float64)
+    if all_max(given, collective_device()).item():
+        return None
+    total: Tensor | float = 0.0
+    tokens: Tensor | float = 0.0
+    error: Exception | None = None
+    try:
+        total, tokens = _sums(loss, "loss")
+    except Exception as caught:
+        error = caught
+    return reduce_loss(total, tokens, error, collective_device())[0]
+
+
+def _sums(given: Any, name: str = "evaluate()") -> LossSum:
+    """What ``evaluate`` returned, or the loop gave, checked."""
+    if not isinstance(given, tuple) or len(given) != 2:
         raise TypeError(
-            f"evaluate() returned {type(evaluated).__name__}; it returns a tuple of this rank's "
-            "sum of losses and number of tokens"
+            f"{name} is {type(given).__name__}; it is to be a tuple of this rank's sum of losses "
+            "and number of tokens"
         )
-    loss, tokens = evaluated
+    loss, tokens = given
     if isinstance(loss, Tensor) and loss.is_floating_point() and loss.dtype.itemsize < 4:
         raise TypeError(
-            f"evaluate() returned a loss in {loss.dtype}, too coarse to compare; compute the loss "
-            "in fp32, from logits.float()"
+            f"{name} has a loss in {loss.dtype}, too coarse to compare; compute the loss in fp32, "
+            "from logits.float()"
         )
     return _whole(loss), _whole(tokens)
 

@@ -27,7 +27,7 @@ except ImportError as error:
 
 @dataclass(kw_only=True, slots=True)
 class CriticalSharpnessConfig:
-    """What to measure, and how; see :class:`~megatron_sharpness.meter.Settings`."""
+    """What to measure, and how; see :class:`~megatron_sharpness.settings.Settings`."""
 
     every: int = 0
     """Measure after the steps that this number divides. 0 means off."""
@@ -38,11 +38,12 @@ class CriticalSharpnessConfig:
     offload: Literal["none", "cpu"] = "none"
     """Whether the copies of the parameters are kept in host memory."""
 
-    method: Literal["certified", "point", "bisection"] = "certified"
-    """The line search; ``point`` estimates and does not certify, ``bisection`` is the paper's."""
+    method: Literal["certified", "bisection"] = "certified"
+    """The line search; ``bisection`` is the paper's."""
 
-    tolerance: float = 1 / 16
-    """Width |1 - lower/upper| of the bracket around the critical learning rate."""
+    tolerance: float | None = None
+    """Width |1 - lower/upper| of the bracket around the critical learning rate; by default 1/4, and
+    1/16 with ``bisection``."""
 
     initial_guess: float | None = None
     """Where the very first search starts. By default the step's own learning rate."""

@@ -47,7 +47,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sharpness.measurement import MEASURED
 from megatron_sharpness.report.records import Array, Run, TrainingCurves
 
 EARLY_REDUCTION = "early reduction"
@@ -181,7 +180,7 @@ def find_stages(
         status: how each measurement ended; those without a number are not used.
         training: the loss, as densely as it is known; catapult events quote it.
     """
-    used = np.isin(status, MEASURED) & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
+    used = (status == "found") & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
     if used.sum() < LEAST:
         return Stages((), ())
     iteration, log_sharpness = iteration[used], np.log(sharpness[used])

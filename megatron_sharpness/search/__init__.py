@@ -1,0 +1,288 @@
+"""Line search for the critical learning rate.
+
+Along an update Δθ the loss is L(θ - ηΔθ), and the critical learning rate is the first step
+that raises it,
+
+    η_c = min{η > 0 : L(θ - ηΔθ) > L(θ)},    critical sharpness λ_c = 2/η_c
+
+(Kalra et al., "A Scalable Measure of Loss Landscape Curvature for Analyzing the Training
+Dynamics of LLMs", 2026, arXiv 2601.16979, Definition 2.1). The search knows floats and a
+function only, and is deterministic: ranks that are given the same numbers take the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_sharpness.search.bisection import Bisection
+from megatron_sharpness.search.certified import Certified
+from megatron_sharpness.search.estimates import (
+    estimate_directional_sharpness,
+    interpolate,
+    middle,
+)
+from megatron_sharpness.search.probes import Ending, Probe, Probes, SearchStatus
+
+__all__ = [
+    "TOLERANCES",
+    "Method",
+    "Probe",
+    "Probes",
+    "SearchResult",
+    "SearchStatus",
+    "estimate_directional_sharpness",
+    "find_critical_lr",
+    "find_critical_lrs",
+    "first_probe",
+]
+
+Method = Literal["certified", "bisection"]
+
+#: Width of the bracket by default. Interpolated in 1/4, η_c is as good as the middle of 1/16.
+TOLERANCES: dict[Method, float] = {"certified": 1 / 4, "bisection": 1 / 16}
+
+#: The first probe is made where the slope promises a fall of so many times the noise at least: y,
+#: which says how far η_c is, is then known to a few percent (STANDS_OUT/VISIBLE).
+VISIBLE = 100.0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """How a search for η_c ended.
+
+    A probe is *above* or *below* if its loss differs from L(θ) by more than four times the noise,
+    else *level*. A loss that is not finite is above; without noise one equal to L(θ) is below.
+
+    Attributes:
+        lower: largest probe below that lies under `upper`; None if there is none.
+        upper: smallest probe above; None if there is none.
+        eta: η_c in [lower, upper] if the status is "found", else None.
+        error: relative standard uncertainty of `eta`, of the interpolation and of the noise.
+        evaluations: calls of `loss_at`.
+        status:
+            "found": L(lower) ≤ L(θ) < L(upper), both by more than the noise, and
+                |1 - lower/upper| ≤ tolerance.
+            "not_descent": slope ≤ 0, given or seen, and no decrease next to θ: η_c = 0, λ_c = ∞.
+            "no_upper": the loss does not rise above L(θ) within a factor 2^40 of the first probe,
+                or where the slope alone promises a fall of 10^4·L(θ).
+            "no_lower": the loss does not fall to L(θ) within a factor 2^40 of the first probe.
+            "noise_limited": the loss cannot be told from L(θ) where the bracket would have to end.
+            "non_finite": L(θ) itself is NaN or infinite; nothing is evaluated.
+            "exhausted": `max_evaluations` are spent, or no float is left between the two.
+        reason: what was seen, where the status does not say it all.
+        probes: every evaluation, in order.
+    """
+
+    lower: float | None
+    upper: float | None
+    eta: float | None
+    error: float | None
+    evaluations: int
+    status: SearchStatus
+    reason: str | None
+    non_monotone: bool
+    probes: tuple[Probe, ...]
+
+
+def find_critical_lr(
+    loss_at: Callable[[float], float],
+    *,
+    loss: float,
+    guess: float,
+    slope: float | None = None,
+    noise: float = 0.0,
+    tolerance: float | None = None,
+    method: Method = "certified",
+    max_evaluations: int = 40,
+) -> SearchResult:
+    """Bracket the critical learning rate between two evaluated learning rates.
+
+    "bisection" is Algorithms 1 and 2 of the paper: double or halve from the guess until the
+    loss crosses L(θ), at most 40 evaluations, then bisect; η_c is the middle.
+
+    "certified" predicts η_c from the probes made so far, evaluates past the prediction, and closes
+    the bracket with an evaluation one tolerance away on the other side: two evaluations where the
+    guess is right to within the tolerance. With the slope known one probe is enough for a
+    prediction; without it one probe tells about how near η_c is, and two predict it. η_c is
+    interpolated inside the bracket.
+
+    Args:
+        loss_at: η ↦ L(θ - ηΔθ), in nat.
+        loss: L(θ), in nat.
+        guess: first η to evaluate: the last η_c, or else the learning rate. Where the slope
+            promises no fall there that stands out from the noise, the first η is farther out.
+        slope: s = ⟨g, Δθ⟩, in nat per unit of η, with g the unclipped gradient of the same
+            loss: L falls as -sη at first. A wrong slope can cost evaluations, and a slope ≤ 0
+            that is contradicted by a decrease is ignored; the bracket is certified by
+            evaluations alone.
+        noise: root-mean-square error of one loss, in nat.
+        tolerance: relative width |1 - lower/upper| of the bracket, between 0 and 1; by default
+            that of the method in `TOLERANCES`.
+        method: "certified" or "bisection".
+        max_evaluations: most calls of `loss_at`.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    search = _Search(Probes(loss, slope, noise), guess, tolerance, method, max_evaluations)
+    while not isinstance(choice := search.choice(), Ending):
+        search.add(choice, loss_at(choice))
+    return search.result()
+
+
+def find_critical_lrs(
+    losses_at: Callable[[float, Sequence[str]], Mapping[str, float]],
+    *,
+    losses: Mapping[str, float],
+    guesses: Mapping[str, float],
+    noises: Mapping[str, float] | None = None,
+    tolerance: float | None = None,
+    method: Method = "certified",
+    max_evaluations: int = 40,
+) -> dict[str, SearchResult]:
+    """Bracket the critical learning rate of each of several losses along one update.
+
+    Each loss has the search that :func:`find_critical_lr` would make for it without a slope, but
+    an ascent is an answer here. A loss that was never below ends "not_descent" where it rises to
+    two probes far apart about as steeply, or is above at 1/4096 of the guess too.
+
+    The searches take turns, and what one asks for is evaluated for all whose own next η is so near
+    that it does as well: within half a tolerance of a guess or a prediction, while an evaluation
+    that is to close a bracket has its place.
+
+    Args:
+        losses_at: η and the names of losses ↦ their L(θ - ηΔθ), in nat.
+        losses: L(θ) by name, in nat.
+        guesses: first η to evaluate, by name.
+        noises: root-mean-square error of one loss by name, in nat; 0 where it is left out.
+        tolerance, method, max_evaluations: those of each search.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    searches = {
+        name: _Search(
+            Probes(loss, None, (noises or {}).get(name, 0.0)),
+            guesses[name], tolerance, method, max_evaluations, may_ascend=True,
+        )
+        for name, loss in losses.items()
+    }  # fmt: skip
+    while True:
+        choices = {name: search.choice() for name, search in searches.items()}
+        wanted = {name: eta for name, eta in choices.items() if not isinstance(eta, Ending)}
+        if not wanted:
+            return {name: search.result() for name, search in searches.items()}
+        served = {
+            eta: [name for name in wanted if searches[name].takes(eta, wanted[name])]
+            for eta in wanted.values()
+        }
+        eta = max(served, key=lambda eta: len(served[eta]))
+        for name, loss in losses_at(eta, served[eta]).items():
+            searches[name].add(eta, loss)
+
+
+def first_probe(guess: float, slope: float | None, noise: float) -> float:
+    """The guess, or where the slope promises a fall that stands out, if that is farther."""
+    if slope is None or not 0 < slope < math.inf or not VISIBLE * noise / slope < math.inf:
+        return guess
+    return max(guess, VISIBLE * noise / slope)
+
+
+class _Search:
+    """One search: its probes, its strategy, and what it asks for next."""
+
+    def __init__(
+        self,
+        probes: Probes,
+        guess: float,
+        tolerance: float | None,
+        method: Method,
+        max_evaluations: int,
+        *,
+        may_ascend: bool = False,
+    ) -> None:
+        _check(guess, probes.noise, tolerance, method, max_evaluations)
+        self.probes, self.method, self.max_evaluations = probes, method, max_evaluations
+        self.tolerance = tolerance or TOLERANCES[method]
+        # Just inside of the tolerance, so that rounding does not leave a bracket open.
+        self.window = -math.log1p(-self.tolerance) * (1 - 1e-9)
+        start = first_probe(guess, probes.slope, probes.noise)
+        self.strategy: Certified | Bisection = (
+            Bisection(probes, start, self.window)
+            if method == "bisection"
+            else Certified(probes, start, self.window, may_ascend)
+        )
+        self._choice: float | Ending | None = None
+
+    def choice(self) -> float | Ending:
+        """The next η to evaluate, or the ending; the same until a probe is added."""
+        if self._choice is None:
+            self._choice = self._choose()
+        return self._choice
+
+    def _choose(self) -> float | Ending:
+        if not math.isfinite(self.probes.loss):
+            return Ending("non_finite")
+        if self.probes.bracket:
+            lower, upper = self.probes.bracket
+            if abs(1 - lower / upper) <= self.tolerance:
+                return Ending("found")
+        choice = self.strategy.next()
+        if not isinstance(choice, Ending) and len(self.probes.made) >= self.max_evaluations:
+            return Ending("exhausted", f"{self.max_evaluations} evaluations were made")
+        return choice
+
+    def takes(self, eta: float, wanted: float) -> bool:
+        """Whether an evaluation at `eta` does as well as the one that is wanted."""
+        # A move costs a small part of an evaluation, so that no evaluation is to be lost by it.
+        near = 0.0 if self.strategy.closing else self.window / 2
+        return abs(math.log(eta / wanted)) <= near
+
+    def add(self, eta: float, loss: float) -> None:
+        self._choice = None
+        self.probes.made.append(Probe(eta, float(loss)))
+
+    def result(self) -> SearchResult:
+        ending, probes = self.choice(), self.probes
+        assert isinstance(ending, Ending)
+        eta: float | None = None
+        error: float | None = None
+        if ending.status == "found":
+            eta, error = (middle if self.method == "bisection" else interpolate)(probes)
+        return SearchResult(
+            probes.lower, probes.upper, eta, error, len(probes.made), ending.status,
+            ending.reason, probes.non_monotone, tuple(probes.made),
+        )  # fmt: skip
+
+
+def _check(
+    guess: float, noise: float, tolerance: float | None, method: str, max_evaluations: int
+) -> None:
+    if not 0 < guess < math.inf:
+        raise ValueError(
+            f"guess={guess!r} is not a learning rate, which is positive and finite: "
+            "pass the last critical learning rate, or the learning rate of the step"
+        )
+    if not 0 <= noise < math.inf:
+        raise ValueError(
+            f"noise={noise!r} is not a root-mean-square error, which is finite and not negative: "
+            "pass 0 where the loss repeats exactly"
+        )
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(
+            f"tolerance={tolerance!r} is not a relative width of a bracket: "
+            "pass a number between 0 and 1, such as 1/4"
+        )
+    if method not in get_args(Method):
+        raise ValueError(
+            f"method={method!r} is not a method of this search: "
+            f"pass one of {', '.join(map(repr, get_args(Method)))}"
+        )
+    if not isinstance(max_evaluations, int) or max_evaluations < 1:
+        raise ValueError(
+            f"max_evaluations={max_evaluations!r} leaves no evaluation to make: "
+            "pass an integer of at least 1, such as 40"
+        )
