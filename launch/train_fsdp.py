@@ -261,7 +261,11 @@ def train(
                 return torch.stack(losses).double().sum(), sum(counts)
 
             record = sharpness.after_step(
-                iteration, evaluate, grad_norm=norm, consumed_samples=consumed
+                iteration,
+                evaluate,
+                loss=(mean * tokens_per_step, tokens_per_step),  # of all ranks, on each
+                grad_norm=norm,
+                consumed_samples=consumed,
             )
             if mix is not None and record is not None:
                 mix.observe(sharpness.records, consumed)

@@ -31,6 +31,7 @@ from megatron_sharpness.search import (
 )
 from megatron_sharpness.self_test import (
     ROUNDING,
+    SEEN,
     STILL,
     WrongLoss,
     agrees,
@@ -60,8 +61,9 @@ class Step:
     Attributes:
         trained: whether the probes evaluate the loss that was differentiated: not in mode ``eval``.
         training_loss: L(θ) of the training pass, where it is known.
-        noise: root-mean-square error of a loss from rounding the weights, σ = √(Σ g²u²/12) with the
-            spacing u of the precision in which the forward pass reads a weight, in nats.
+        noise: root-mean-square error of a loss from rounding the weights, in nats
+            (:mod:`megatron_sharpness.products`).
+        resolution: η below which rounded weights do not follow the line; 0 if none.
         skipped: the optimizer did not step.
         failed: why the step could not be observed, if so.
         started: ``time.perf_counter()`` when the measurement began.
@@ -78,6 +80,7 @@ class Step:
     training_loss: float | None = None
     slope: float | None = None
     noise: float = 0.0
+    resolution: float = 0.0
     update_norm: float | None = None
     skipped: bool = False
     failed: str | None = None
@@ -203,6 +206,7 @@ class Meter:
                 guess=self._guess(step, TRAIN),
                 slope=step.slope,
                 noise=noise,
+                resolution=step.resolution,
                 tolerance=self.settings.tolerance,
                 method=self.settings.method,
                 max_evaluations=self.settings.max_evaluations,
@@ -235,7 +239,7 @@ class Meter:
                 lambda eta, some: {name: loss for name, (loss, _) in losses_at(eta, some).items()},
                 losses=losses,
                 guesses={
-                    name: first_probe(self._guess(step, name), step.slope, noise)
+                    name: first_probe(self._guess(step, name), step.slope, noise, step.resolution)
                     for name, noise in noises.items()
                 },
                 noises=noises,
@@ -320,8 +324,9 @@ class Meter:
         if state.slope_agrees is not None or slope is None or not 0 < slope < math.inf:
             return record
         assert record.loss is not None and record.noise is not None
+        nearest = max(SEEN * record.noise / slope, step.resolution)
         ratio = slope_ratio(
-            record.loss, slope, record.noise, search.probes, search.eta or search.upper, loss_at
+            record.loss, slope, nearest, search.probes, search.eta or search.upper, loss_at
         )
         if ratio is None:
             return record
@@ -404,7 +409,12 @@ def _read(step: Step, record: Measurement, search: SearchResult) -> Measurement:
         critical_lr_lower=search.lower,
         critical_lr_upper=search.upper,
         directional_sharpness=estimate_directional_sharpness(
-            record.loss, record.slope, search.probes, noise=record.noise
+            record.loss,
+            record.slope,
+            search.probes,
+            critical_lr=search.eta,
+            noise=record.noise,
+            resolution=step.resolution,
         ),
     )
     if search.status == "noise_limited":

@@ -85,7 +85,7 @@ def replay_error(loss: float, trained: float) -> float:
 def slope_ratio(
     loss: float,
     slope: float,
-    noise: float,
+    nearest: float,
     probes: tuple[Probe, ...],
     critical_lr: float | None,
     loss_at: Callable[[float], float],
@@ -96,18 +96,18 @@ def slope_ratio(
     once more an eighth as far, since it may bend sooner.
 
     Args:
-        loss, slope, noise: L(θ), s > 0, and the root-mean-square error of one loss.
+        loss, slope: L(θ), and s > 0.
+        nearest: η from which on a fall can be seen.
         probes: those of the search.
         critical_lr: η_c where it was found; else the smallest η with a loss above L(θ), or None.
         loss_at: η ↦ L(θ - ηΔθ).
 
     Returns:
-        The ratio, or None where the noise is too large to tell.
+        The ratio, or None where no fall can be seen next to θ.
     """
     farthest = min(
         NEXT_TO_LOSS * abs(loss) / slope or math.inf, NEXT_TO_CRITICAL * (critical_lr or math.inf)
     )
-    nearest = SEEN * noise / slope
     if not nearest <= farthest < math.inf:
         return None
     there = [probe for probe in probes if nearest <= probe.lr <= farthest]

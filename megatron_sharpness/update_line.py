@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sharpness.products import product_sums
+
 #: Elements taken at a time. What is computed from them, 4 MiB in fp32, stays in the cache until it
 #: is cast or summed: memory is read once and written once, and nothing as large as a shard is made.
 CHUNK = 2**20
@@ -98,16 +100,14 @@ class UpdateLine:
     def products(
         self, gradients: Iterable[Tensor | None], total: Tensor, read_in: torch.dtype | None = None
     ) -> None:
-        """Add ⟨g, θ_t − θ_{t+1}⟩, ‖θ_t − θ_{t+1}‖², ‖g‖² and Σ g²u²/12 to ``total``.
-
-        They are of the shards that count. u is the :func:`spacing` at a weight of θ_t: the last sum
-        is the variance of the loss where each weight is rounded by itself, to first order.
+        """Add the :class:`~megatron_sharpness.products.StepProducts` of the shards that count.
 
         Args:
             gradients: for each shard the gradient that the step used, of the elements of
                 ``Shard.main``, or None where there is none.
-            total: fp64, shape [4].
-            read_in: the type that the forward pass casts weights to, where it is not the model's.
+            total: what they are added to, field by field; fp64.
+            read_in: the type that the forward pass casts weights to, where it is coarser than the
+                model's.
         """
         for shard, start, end, grad in zip(
             self.shards, self._starts, self._ends, gradients, strict=True
@@ -116,19 +116,13 @@ class UpdateLine:
                 continue
             device = shard.model.device
             precision = torch.promote_types(start.dtype, torch.float32)
-            coarsest = max(shard.model.dtype, read_in or shard.model.dtype, key=_epsilon)
-            sums = torch.zeros(4, dtype=torch.float64, device=device)
+            types = [shard.model.dtype] if read_in is None else [shard.model.dtype, read_in]
+            coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
             for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
                 weights = a.to(device, precision)
                 update = weights - b.to(device, precision)
-                sums[1] += torch.sum(update * update, dtype=torch.float64)
-                for piece in g:
-                    gradient = piece.to(device, precision)
-                    sums[0] += torch.sum(gradient * update, dtype=torch.float64)
-                    sums[2] += torch.sum(gradient * gradient, dtype=torch.float64)
-                    gradient = gradient * spacing(weights, coarsest)
-                    sums[3] += torch.sum(gradient * gradient, dtype=torch.float64) / 12
-            total += sums.to(total.device)
+                gradient = g[0].to(device, precision) if g else None
+                total += product_sums(weights, update, gradient, coarsest).to(total.device)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.offload:
@@ -137,29 +131,6 @@ class UpdateLine:
             tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
         )
         return host.copy_(tensor.detach())
-
-
-#: Integer of the same size, and the bits of the exponent in it.
-_EXPONENTS = {
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-}
-
-
-def spacing(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between the numbers of a floating-point type around each weight.
-
-    Args:
-        weights: fp32 or fp64.
-        dtype: the type, such as ``torch.bfloat16``.
-    """
-    bits, exponent = _EXPONENTS[weights.dtype]
-    power = (weights.view(bits) & exponent).view(weights.dtype)  # of two, at most |weight|
-    return power.clamp_(min=torch.finfo(dtype).tiny).mul_(torch.finfo(dtype).eps)
-
-
-def _epsilon(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
 
 
 def _chunks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

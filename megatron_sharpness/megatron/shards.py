@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import Tensor
 
+from megatron_sharpness.products import StepProducts
 from megatron_sharpness.update_line import Shard, UpdateLine
 
 
@@ -195,13 +196,13 @@ class MegatronLine:
         self.lines = []
 
     def products(self) -> Tensor:
-        """What :meth:`UpdateLine.products` sums, over all ranks; fp64, shape [4].
+        """The fields of :class:`StepProducts` over all ranks; fp64.
 
         g is the main gradient that the step has used, clipped as it was. Summed as Megatron sums
         the gradient norm: each optimizer over its own group of ranks.
         """
         device = torch.cuda.current_device()
-        total = torch.zeros(4, dtype=torch.float64, device=device)
+        total = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=device)
         for line, group in self.lines:
             partial = torch.zeros_like(total)
             line.products((shard.main.grad for shard in line.shards), partial)

@@ -23,6 +23,7 @@ from megatron_sharpness.megatron.replay import (
 )
 from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.meter import Meter, ProbeError, Step
+from megatron_sharpness.products import StepProducts
 from megatron_sharpness.replay import all_max, first_error
 
 
@@ -170,17 +171,18 @@ class ObservedStep:
             self.line.release()
             return seen
         loss, _ = reduce_losses(schedule.losses, None)
-        products = self.line.products()
-        dist.broadcast(products, src=0)
-        decrease, squared_norm, _, variance = products.tolist()
+        sums = self.line.products()
+        dist.broadcast(sums, src=0)
+        products = StepProducts(*sums.tolist())
         clip = self._clip_coefficient(grad_norm)
         return dataclasses.replace(
             seen,
             trained=trained,
             training_loss=loss if trained else None,
-            slope=decrease / lr / clip,
-            noise=math.sqrt(variance) / clip,
-            update_norm=math.sqrt(squared_norm) / lr,
+            slope=products.decrease / lr / clip,
+            noise=products.noise(clip),
+            resolution=products.resolution(lr),
+            update_norm=math.sqrt(products.squared_update) / lr,
         )
 
     def _clip_coefficient(self, grad_norm: float | None) -> float:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
+from megatron_sharpness.pytorch.step import collective_device
+from megatron_sharpness.replay import all_sum
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -35,7 +38,8 @@ class CriticalSharpnessCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=dataset)
         trainer.add_callback(CriticalSharpnessCallback(trainer, every=100))
 
-    L is the loss that the model itself returns, over all micro-batches and ranks of the step. The
+    L is the loss that the model itself returns, over all micro-batches and ranks of the step, as
+    the trainer weighs them; where it is not what the trainer differentiates, the record says so. The
     values are in ``state.log_history``, TensorBoard, W&B and wherever ``report_to`` says, at the
     step measured: ``critical_sharpness``, ``critical_learning_rate``, ….
 
@@ -55,6 +59,7 @@ class CriticalSharpnessCallback(TrainerCallback):
         self._sharpness: CriticalSharpness | None = None
         self._record: Measurement | None = None
         self._micro_batches: list[tuple[Any, Any]] = []
+        self._losses: list[Tensor] = []
         self._grad_norm: Tensor | float | None = None
         self._watching = contextlib.ExitStack()
 
@@ -75,9 +80,12 @@ class CriticalSharpnessCallback(TrainerCallback):
             return
         self._watching.close()
         self._record = self._sharpness.after_step(
-            state.global_step + 1, self._loss_sum_and_tokens, grad_norm=self._grad_norm
+            state.global_step + 1,
+            self._loss_sum_and_tokens,
+            loss=(torch.stack(self._losses).sum(), 1.0) if self._losses else None,
+            grad_norm=self._grad_norm,
         )
-        self._micro_batches, self._grad_norm = [], None
+        self._micro_batches, self._losses, self._grad_norm = [], [], None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._record is None or self._sharpness is None:
@@ -92,16 +100,16 @@ class CriticalSharpnessCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._watching.close()
-        self._micro_batches, self._record = [], None
+        self._micro_batches, self._losses, self._record = [], [], None
         if self._sharpness is not None:
             self._sharpness.close()
         self._sharpness = None
 
     def _watch(self) -> None:
-        """Keep the step's micro-batches and its gradient norm, which no event passes."""
-        self._micro_batches = []
+        """Keep the step's micro-batches, losses and gradient norm, which no event passes."""
+        self._micro_batches, self._losses = [], []
         accelerator = self.trainer.accelerator
-        clip_grad_norm = accelerator.clip_grad_norm_
+        clip_grad_norm, backward = accelerator.clip_grad_norm_, accelerator.backward
 
         def keep(_: Any, args: Any, kwargs: Any) -> None:
             self._micro_batches.append((args, kwargs))
@@ -110,11 +118,16 @@ class CriticalSharpnessCallback(TrainerCallback):
             self._grad_norm = clip_grad_norm(*args, **kwargs)
             return self._grad_norm
 
+        def keep_and_go_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._losses.append(loss.detach().float())
+            return backward(loss, *args, **kwargs)
+
         self._watching.enter_context(
             self.trainer.model_wrapped.register_forward_pre_hook(keep, with_kwargs=True)
         )
-        accelerator.clip_grad_norm_ = clip_and_keep
-        self._watching.callback(setattr, accelerator, "clip_grad_norm_", clip_grad_norm)
+        for name, kept in (("clip_grad_norm_", clip_and_keep), ("backward", keep_and_go_backward)):
+            setattr(accelerator, name, kept)
+            self._watching.callback(vars(accelerator).pop, name, None)
 
     def _loss_sum_and_tokens(self) -> tuple[Tensor | float, Tensor | float]:
         if self._grad_norm is None and self.trainer.args.max_grad_norm > 0:
@@ -123,13 +136,16 @@ class CriticalSharpnessCallback(TrainerCallback):
         items: Tensor | float = 0.0
         for args, kwargs in self._micro_batches:
             outputs = self.trainer.model_wrapped(*args, **kwargs)
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+            total = total + (outputs["loss"] if isinstance(outputs, dict) else outputs[0])
             # The tokens of the whole step, by which each micro-batch's sum has been divided.
             items = kwargs["num_items_in_batch"]
-            total = total + loss * items
-        if self.trainer.args.average_tokens_across_devices:
-            items = items / self.trainer.accelerator.num_processes
-        return total, items
+        # Gradients are averaged over the ranks: all count alike, whatever their tokens.
+        ranks = self.trainer.accelerator.num_processes
+        if not self.trainer.args.average_tokens_across_devices:
+            counts = torch.as_tensor(items, dtype=torch.float64).reshape(1)
+            mean = all_sum(counts, collective_device()).item() / ranks
+            return total * mean, mean
+        return total * items, items / ranks
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:

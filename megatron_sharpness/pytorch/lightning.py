@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
+from megatron_sharpness.pytorch.step import collective_device
+from megatron_sharpness.replay import all_sum
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,12 +40,13 @@ class CriticalSharpnessCallback(Callback):
 
         trainer = Trainer(callbacks=[CriticalSharpnessCallback(loss_sum_and_tokens, every=100)])
 
-    L is the mean loss a token over all micro-batches and ranks of the step.
+    L is the loss that was differentiated: the mean, over all micro-batches and ranks of the step,
+    of the mean loss a token of each.
 
     Args:
-        loss_sum_and_tokens: the loss that ``training_step`` minimizes, computed by the same forward
-            pass; it is called with the module and a batch, in the trainer's precision, without
-            gradients. It must not log.
+        loss_sum_and_tokens: the loss that ``training_step`` returns, as a sum over tokens and their
+            number, computed by the same forward pass; it is called with the module and a batch, in
+            the trainer's precision, without gradients. It must not log.
         every: measure after the optimizer steps that this number divides.
         settings: the other arguments of :class:`CriticalSharpness`, ``sinks`` among them.
     """
@@ -55,6 +59,7 @@ class CriticalSharpnessCallback(Callback):
         self._sharpness: CriticalSharpness | None = None
         self._state: dict[str, Any] = {}
         self._batches: list[Any] = []
+        self._losses: list[Tensor] = []
         self._grad_norm: Tensor | None = None
         self._steps = 0
 
@@ -65,7 +70,7 @@ class CriticalSharpnessCallback(Callback):
             self._forward_pass, trainer.optimizers, **self._settings
         )
         self._sharpness.load_state_dict(self._state)
-        self._batches, self._steps = [], trainer.global_step
+        self._batches, self._losses, self._steps = [], [], trainer.global_step
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -84,7 +89,11 @@ class CriticalSharpnessCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._sharpness is None or trainer.global_step == self._steps:
+        if self._sharpness is None:
+            return
+        if self._sharpness.armed and (loss := _loss_of(outputs)) is not None:
+            self._losses.append(loss)
+        if trainer.global_step == self._steps:
             return  # gradients are being accumulated
         self._steps = trainer.global_step
 
@@ -94,10 +103,19 @@ class CriticalSharpnessCallback(Callback):
                     self._forward_pass(self.loss_sum_and_tokens, pl_module, batch)
                     for batch in self._batches
                 ]
-            return sum(loss for loss, _ in sums), sum(tokens for _, tokens in sums)
+            # Gradients are averaged over micro-batches and ranks: all count alike.
+            mean = sum(loss / tokens for loss, tokens in sums) / trainer.accumulate_grad_batches
+            counts = torch.tensor([float(sum(tokens for _, tokens in sums))], dtype=torch.float64)
+            tokens = all_sum(counts, collective_device()).item() / trainer.world_size
+            return mean * tokens, tokens
 
-        record = self._sharpness.after_step(self._steps, evaluate, grad_norm=self._grad_norm)
-        self._batches, self._grad_norm = [], None
+        record = self._sharpness.after_step(
+            self._steps,
+            evaluate,
+            loss=(torch.stack(self._losses).sum(), 1.0) if self._losses else None,
+            grad_norm=self._grad_norm,
+        )
+        self._batches, self._losses, self._grad_norm = [], [], None
         if record is not None:
             scalars = {
                 tag.replace("-", "_"): value for tag, value in self._sharpness.scalars().items()
@@ -124,6 +142,12 @@ class CriticalSharpnessCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
+
+
+def _loss_of(outputs: Any) -> Tensor | None:
+    """The loss that ``training_step`` has returned, divided by ``accumulate_grad_batches``."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss.detach().float() if isinstance(loss, Tensor) else None
 
 
 class _ForwardPass(nn.Module):

@@ -16,7 +16,7 @@ try:
     from olmo_core.distributed.utils import all_reduce_value, get_local_tensor, get_world_size
     from olmo_core.nn.transformer import Transformer
     from olmo_core.train.callbacks import Callback
-    from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC
+    from olmo_core.train.common import OPTIM_GRAD_NORM_METRIC, TRAIN_CE_LOSS_METRIC
     from olmo_core.train.train_module import TransformerTrainModule
 except ImportError as error:
     raise ImportError(
@@ -112,9 +112,11 @@ class CriticalSharpnessCallback(Callback):
             return
         if self._watching is not None:
             self._watching.remove()
+        loss = self.trainer.get_metric(TRAIN_CE_LOSS_METRIC)
         record = self._sharpness.after_step(
             self.step,
             self._loss_sum_and_tokens,
+            loss=None if loss is None else (loss, 1.0),  # a mean, whose ranks count alike
             grad_norm=self.trainer.get_metric(OPTIM_GRAD_NORM_METRIC),
         )
         self._watching, self._passes = None, []

@@ -13,6 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from megatron_sharpness.products import StepProducts
 from megatron_sharpness.update_line import Shard, UpdateLine
 
 
@@ -85,7 +86,7 @@ class ObservedOptimizer:
         error: what went wrong while watching.
         lr: the largest learning rate of its parameter groups, as the step used it.
         weight_decay: the largest weight decay.
-        products: what :meth:`UpdateLine.products` sums on this rank; fp64, shape [4].
+        products: this rank's part of :class:`StepProducts`; fp64.
 
     Args:
         optimizer: to be watched.
@@ -107,7 +108,7 @@ class ObservedOptimizer:
         self.error: Exception | None = None
         self.lr = 0.0
         self.weight_decay = 0.0
-        self.products = torch.zeros(4, dtype=torch.float64)
+        self.products = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
         self._offload = offload
         self._line = UpdateLine([])
         self._handles = [

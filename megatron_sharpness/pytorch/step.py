@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megatron_sharpness.meter import ProbeError, Step
+from megatron_sharpness.products import StepProducts
 from megatron_sharpness.pytorch.shards import ModelOnLines, ObservedOptimizer, largest_rates
 from megatron_sharpness.replay import (
     Buffers,
@@ -185,14 +186,15 @@ class ObservedStep:
         )
         if failed or skipped or lr == 0.0:
             return seen
-        products = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
-        products = all_sum(products, collective_device())
-        decrease, squared_update, squared_gradient, variance = products.tolist()
-        if squared_update == 0.0:  # a fused optimizer under loss scaling decides on the device
+        sums = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
+        products = StepProducts(*all_sum(sums, collective_device()).tolist())
+        if (
+            products.squared_update == 0.0
+        ):  # a fused optimizer under loss scaling decides on the device
             return dataclasses.replace(seen, skipped=True)
         clip = 1.0
         if grad_norm is not None and 0.0 < (norm := float(_whole(grad_norm))) < math.inf:
-            clip = math.sqrt(squared_gradient) / norm
+            clip = math.sqrt(products.squared_gradient) / norm
         try:
             training_loss = _training_loss(loss) if trained else None
         except ProbeError as caught:
@@ -200,10 +202,12 @@ class ObservedStep:
         return dataclasses.replace(
             seen,
             training_loss=training_loss,
-            slope=decrease / lr / clip if clip else 0.0,
-            noise=math.sqrt(variance) / clip if clip else 0.0,
-            update_norm=math.sqrt(squared_update) / lr,
+            slope=products.decrease / lr / clip if clip else 0.0,
+            noise=products.noise(clip) if clip else 0.0,
+            resolution=products.resolution(lr),
+            update_norm=math.sqrt(products.squared_update) / lr,
         )
+
 
 class RecordedPasses:
     """The random states of a step's forward passes, and the buffers before the first of them.

@@ -76,6 +76,7 @@ class CriticalSharpnessTrainer(Trainer):
         super().__init__(config)
         self.sharpness: CriticalSharpness | None = None
         self._passes: list[tuple[Any, ...]] = []
+        self._losses: list[torch.Tensor] = []
         self._grad_norm: torch.Tensor | None = None
         if not config.critical_sharpness.every:
             return
@@ -96,9 +97,12 @@ class CriticalSharpnessTrainer(Trainer):
         with self._keeping_grad_norm():
             super().train_step(data_iterator)
         record = self.sharpness.after_step(
-            self.step, self._loss_sum_and_tokens, grad_norm=self._grad_norm
+            self.step,
+            self._loss_sum_and_tokens,
+            loss=self._summed(self._losses) if self._losses else None,
+            grad_norm=self._grad_norm,
         )
-        self._passes, self._grad_norm = [], None
+        self._passes, self._losses, self._grad_norm = [], [], None
         if record is not None:
             self.metrics_processor.logger.log(
                 {
@@ -111,9 +115,11 @@ class CriticalSharpnessTrainer(Trainer):
     def _forward_backward_body(
         self, inputs: Any, labels: Any, global_valid_tokens: Any, extra_kwargs: dict[str, Any]
     ) -> Any:
+        loss = super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
         if self.sharpness is not None and self.sharpness.armed:
             self._passes.append((inputs, labels, global_valid_tokens, extra_kwargs))
-        return super()._forward_backward_body(inputs, labels, global_valid_tokens, extra_kwargs)
+            self._losses.append(loss.detach())
+        return loss
 
     @contextlib.contextmanager
     def _keeping_grad_norm(self) -> Iterator[None]:
@@ -132,18 +138,23 @@ class CriticalSharpnessTrainer(Trainer):
 
     def _loss_sum_and_tokens(self) -> tuple[float, float]:
         """The first half of ``_forward_backward_body``, for the micro-batches of the step."""
-        loss, tokens = 0.0, 0.0
+        losses = []
         for inputs, labels, global_valid_tokens, extra_kwargs in self._passes:
-            tokens = float(global_valid_tokens)
             with self.train_context():
                 predictions = self.model_parts[0](inputs, **extra_kwargs)
                 positions = {k: v for k, v in extra_kwargs.items() if k == "positions"}
-                part, _ = self.loss_fn(predictions, labels, global_valid_tokens, **positions)
-            loss += dist_utils.dist_sum(part) * tokens
+                loss, _ = self.loss_fn(predictions, labels, global_valid_tokens, **positions)
+            losses.append(loss)
+        return self._summed(losses)
+
+    def _summed(self, losses: list[torch.Tensor]) -> tuple[float, float]:
+        """This rank's part of the sum of losses, and of the tokens by which they were divided."""
+        tokens = float(self._passes[0][2])
+        loss = sum(dist_utils.dist_sum(part) for part in losses) * tokens
         dims = self.parallel_dims
         # Tensor-parallel ranks have the same loss, and each of them is added.
-        losses = dims.dp_replicate * dims.dp_shard * dims.cp
-        return loss * losses / dims.world_size, tokens / dims.world_size
+        ranks = dims.dp_replicate * dims.dp_shard * dims.cp
+        return loss * ranks / dims.world_size, tokens / dims.world_size
 
 
 def _refuse_unsupported(config: Any) -> None:

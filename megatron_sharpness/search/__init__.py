@@ -44,8 +44,8 @@ Method = Literal["certified", "bisection"]
 #: Width of the bracket by default. Interpolated in 1/4, η_c is as good as the middle of 1/16.
 TOLERANCES: dict[Method, float] = {"certified": 1 / 4, "bisection": 1 / 16}
 
-#: The first probe is made where the slope promises a fall of so many times the noise at least: y,
-#: which says how far η_c is, is then known to a few percent (STANDS_OUT/VISIBLE).
+#: The first probe is made where the slope promises a fall of so many times the noise at least: what
+#: is left of it, which says how far η_c is, is then known to a few percent (STANDS_OUT/VISIBLE).
 VISIBLE = 100.0
 
 
@@ -94,6 +94,7 @@ def find_critical_lr(
     guess: float,
     slope: float | None = None,
     noise: float = 0.0,
+    resolution: float = 0.0,
     tolerance: float | None = None,
     method: Method = "certified",
     max_evaluations: int = 40,
@@ -119,6 +120,7 @@ def find_critical_lr(
             that is contradicted by a decrease is ignored; the bracket is certified by
             evaluations alone.
         noise: root-mean-square error of one loss, in nat.
+        resolution: η below which rounded weights do not follow the line: the first η is no nearer.
         tolerance: relative width |1 - lower/upper| of the bracket, between 0 and 1; by default
             that of the method in `TOLERANCES`.
         method: "certified" or "bisection".
@@ -127,7 +129,11 @@ def find_critical_lr(
     Raises:
         ValueError: an argument is outside its range.
     """
-    search = _Search(Probes(loss, slope, noise), guess, tolerance, method, max_evaluations)
+    start = first_probe(guess, slope, noise, resolution)
+    search = _Search(
+        Probes(loss, slope, noise), start, tolerance, method, max_evaluations,
+        guessed=start <= guess,
+    )  # fmt: skip
     while not isinstance(choice := search.choice(), Ending):
         search.add(choice, loss_at(choice))
     return search.result()
@@ -184,11 +190,10 @@ def find_critical_lrs(
             searches[name].add(eta, loss)
 
 
-def first_probe(guess: float, slope: float | None, noise: float) -> float:
-    """The guess, or where the slope promises a fall that stands out, if that is farther."""
-    if slope is None or not 0 < slope < math.inf or not VISIBLE * noise / slope < math.inf:
-        return guess
-    return max(guess, VISIBLE * noise / slope)
+def first_probe(guess: float, slope: float | None, noise: float, resolution: float) -> float:
+    """The guess, or where the loss can be seen to follow the line, if that is farther."""
+    visible = VISIBLE * noise / slope if slope is not None and 0 < slope < math.inf else 0.0
+    return max(guess, resolution, visible if visible < math.inf else 0.0)
 
 
 class _Search:
@@ -197,23 +202,23 @@ class _Search:
     def __init__(
         self,
         probes: Probes,
-        guess: float,
+        start: float,
         tolerance: float | None,
         method: Method,
         max_evaluations: int,
         *,
+        guessed: bool = True,
         may_ascend: bool = False,
     ) -> None:
-        _check(guess, probes.noise, tolerance, method, max_evaluations)
+        _check(start, probes.noise, tolerance, method, max_evaluations)
         self.probes, self.method, self.max_evaluations = probes, method, max_evaluations
         self.tolerance = tolerance or TOLERANCES[method]
         # Just inside of the tolerance, so that rounding does not leave a bracket open.
         self.window = -math.log1p(-self.tolerance) * (1 - 1e-9)
-        start = first_probe(guess, probes.slope, probes.noise)
         self.strategy: Certified | Bisection = (
             Bisection(probes, start, self.window)
             if method == "bisection"
-            else Certified(probes, start, self.window, may_ascend)
+            else Certified(probes, start, self.window, guessed, may_ascend)
         )
         self._choice: float | Ending | None = None
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_sharpness.search.prediction import predict
-from megatron_sharpness.search.probes import Ending, Probes
+from megatron_sharpness.search.prediction import PROMISED, predict
+from megatron_sharpness.search.probes import FLOOR, Ending, Probes
 
 #: A window closes the bracket where it nearly reaches the prediction; past a farther one the step
 #: goes by this part of a window. Both matter to the second decimal of the evaluations.
 NEARLY, PAST = 1.25, 0.25
 #: Farthest a search leaves its first probe.
 RANGE = 40 * math.log(2)
-#: A loss has a floor, most often 0: a quadratic one has s·η_c ≤ 4·L(θ), and a step outwards goes to
-#: there at most, then by OUTWARDS. Early in training s·η_c was seen at 100·L(θ); where it is not
-#: met by BEYOND·L(θ), the line leads to where the loss does not rise.
-FLOOR, OUTWARDS, BEYOND = 4.0, math.log(8), 1e4
+#: A step outwards goes to where a quadratic loss has crossed by then at most (FLOOR), or by OUTWARDS.
+#: In the first steps of a GPT of 124 M parameters s·η_c was 3500·L(θ); where it is not met by
+#: BEYOND·L(θ), the line leads to where the loss does not rise.
+OUTWARDS, BEYOND = math.log(12), 1e6
 #: An ascent is believed where the loss is above at these parts of the first probe, too; or, without
 #: a slope, where it rises to two probes FAR_APART about as STEEP. One that falls at first and then
 #: rises as (η/η_c)^p does so for p < 0.07 alone, and in the first steps of training p is 0.15.
@@ -30,6 +30,7 @@ class Certified:
     Attributes:
         probes: what has been probed.
         start: η of the first probe.
+        guessed: it is near η_c, for all that is known, and not just where the loss can be seen.
         window: ln of the width that the bracket is to have.
         may_ascend: without a slope, a loss may also rise from θ on.
         closing: the last η is where it closes the bracket: another one near it does not do as well.
@@ -38,6 +39,7 @@ class Certified:
     probes: Probes
     start: float
     window: float
+    guessed: bool = True
     may_ascend: bool = False
     closing: bool = False
     tries: int = 0  # predictions inside the bracket since its middle was taken
@@ -82,9 +84,10 @@ class Certified:
         beyond = sign * (anchor - at) + min(step, math.log(64) * 2 ** len(made))
         if beyond <= 0:  # what lies there is level: go on from it
             beyond = self.window * grown / 2
-        if out and probes.descent and probes.loss > 0:
-            floor = math.log(FLOOR * probes.loss) - math.log(probes.descent)
-            beyond = min(beyond, max(floor - at, OUTWARDS))
+        if out and (promised := probes.promised(end)):
+            beyond = min(beyond, max(math.log(FLOOR / promised), OUTWARDS))
+            if promised > PROMISED and (len(made) > 2 or not self.guessed):
+                beyond = max(beyond, OUTWARDS)
         left = RANGE - abs(at - math.log(self.start))
         eta = _exp(at + sign * min(beyond, left))
         if left > 1e-9 and sign * (eta - end) > 0:
@@ -94,16 +97,14 @@ class Certified:
     def one_sided(self, out: bool, end: float) -> Ending | None:
         """Why the other side of η_c will not be met."""
         probes = self.probes
-        promised = (probes.descent or 0.0) * end
-        if out and promised > BEYOND * probes.loss > 0:
+        if out and (promised := probes.promised(end)) > BEYOND:
             return Ending(
                 "no_upper",
                 f"at η = {end:.3g} the loss is still not above L(θ), where the slope alone "
-                f"promises a fall of {promised / probes.loss:.0e}·L(θ)",
+                f"promises a fall of {promised:.0e}·L(θ)",
             )
-        if not out and probes.noise and (0 < promised <= probes.margin or len(probes.level) > 2):
-            return Ending("noise_limited")
-        return None
+        hidden = 0 < (probes.descent or 0.0) * end <= probes.margin or len(probes.level) > 2
+        return Ending("noise_limited") if not out and probes.noise and hidden else None
 
     def ascent(self) -> float | Ending | None:
         """Next η that tests whether the loss rises from θ on; None where it does not."""
@@ -139,16 +140,13 @@ def beside_level(probes: Probes, lower: float, upper: float, window: float) -> f
     """Next η between an end of the bracket and the losses inside it that are level with L(θ)."""
     level = [math.log(eta) for eta in probes.level if lower < eta < upper]
     low, first, last, high = math.log(lower), level[0], level[-1], math.log(upper)
-    if last - first >= window:
-        return Ending("noise_limited")
-    if low < high - window < first:
+    # Half a window on either side of them; and where one end is so near, a window from it.
+    x = (first + last + window) / 2
+    if high <= x:
         x = high - window
-    elif last < low + window < high:
-        x = low + window
-    else:
-        x = (low + first) / 2 if first - low > high - last else (last + high) / 2
-    eta = math.exp(x)
-    return Ending("noise_limited") if eta in probes.level else split(lower, upper, eta)
+    if not (low < x < first or last < x):
+        return Ending("noise_limited")
+    return split(lower, upper, math.exp(x))
 
 
 def split(lower: float, upper: float, eta: float) -> float | Ending:

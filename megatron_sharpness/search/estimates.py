@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_sharpness.search.probes import Probe, Probes
+from megatron_sharpness.search.probes import FLOOR, Probe, Probes
 
 #: A line through ln y over ln η is out by its curvature, which a third probe shows but as a mean:
 #: the uncertainty allows for 0.3 of a power of change for each factor of e besides.
@@ -24,7 +24,7 @@ def interpolate(probes: Probes) -> tuple[float, float]:
     """
     assert probes.bracket is not None
     lower, upper = probes.bracket
-    near, far = (next(p for p in probes.made if p.lr == eta) for eta in probes.bracket)
+    near, far = probes.ends
     if not math.isfinite(far.loss):
         return middle(probes)
     slope = probes.descent
@@ -57,7 +57,13 @@ def middle(probes: Probes) -> tuple[float, float]:
 
 
 def estimate_directional_sharpness(
-    loss: float, slope: float | None, probes: Sequence[Probe], *, noise: float = 0.0
+    loss: float,
+    slope: float | None,
+    probes: Sequence[Probe],
+    *,
+    critical_lr: float | None = None,
+    noise: float = 0.0,
+    resolution: float = 0.0,
 ) -> float | None:
     """Directional sharpness λ_dir = ΔθᵀHΔθ/⟨g, Δθ⟩ from one probe of a search.
 
@@ -67,22 +73,30 @@ def estimate_directional_sharpness(
 
     exact where the loss is quadratic, and there equal to λ_c (Result 2.1). Used is the finite
     probe with the smallest η whose curvature term, the numerator's bracket, is CURVES_OUT times the
-    noise; the error is O(η), so that a probe at η ≪ η_c estimates better than one near η_c.
+    noise; the error is O(η), so that a probe at η ≪ η_c estimates better than one near η_c. Where
+    s·η_c > 4·L(θ), as in the first steps of training, no quadratic loss with a floor of 0 is meant:
+    what one probe gives there depends on where it was made, by orders of magnitude.
 
     Args:
         loss: L(θ), in nat.
         slope: s = ⟨g, Δθ⟩, in nat per unit of η.
         probes: evaluations on the line, in any order.
+        critical_lr: η_c, where it is known.
         noise: root-mean-square error of one loss, in nat.
+        resolution: η below which rounded weights do not follow the line.
 
     Returns:
-        λ_dir in 1/η, or None if the slope is unknown or ≤ 0 or no probe stands out so far.
+        λ_dir in 1/η, or None if the slope is unknown or ≤ 0, no probe stands out so far, or the
+        loss is not nearly quadratic.
     """
     if slope is None or not 0 < slope < math.inf:
+        return None
+    if critical_lr is not None and slope * critical_lr > FLOOR * loss > 0:
         return None
     for probe in sorted(probes, key=lambda probe: probe.lr):
         rise = probe.loss - loss + slope * probe.lr
         sharpness = 2 * rise / slope / probe.lr / probe.lr
-        if math.isfinite(sharpness) and rise and abs(rise) >= CURVES_OUT * noise:
+        seen = probe.lr >= resolution and rise and abs(rise) >= CURVES_OUT * noise
+        if seen and math.isfinite(sharpness):
             return sharpness
     return None

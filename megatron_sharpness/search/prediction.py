@@ -17,6 +17,8 @@ TYPICAL_FALL = 0.05
 LEAST_POWER, HALF_AT = 0.3, 0.2
 #: A secant of two probes may correct p by this factor.
 MOST_CORRECTED = 5.0
+#: Where the slope promises a fall of this part of L(θ) it says little of what lies farther out.
+PROMISED = 0.25
 
 
 def predict(probes: Probes) -> float | None:
@@ -26,6 +28,8 @@ def predict(probes: Probes) -> float | None:
     slope = probes.descent
     if slope is None:
         return _typical(probes) if probes.slope is None and len(probes.finite) == 1 else None
+    if probes.bracket and probes.promised(probes.bracket[0]) > PROMISED:
+        return _beyond(probes, *probes.bracket)
     points = sorted(_deviations(probes, slope), key=lambda point: abs(point[1]))
     ends = [point for point in points if point[2] in (probes.bracket or ())]
     best = ends if len(ends) == 2 else points[:2]
@@ -51,6 +55,14 @@ def _deviations(probes: Probes, slope: float) -> list[tuple[float, float, float]
             power = LEAST_POWER + (1 - LEAST_POWER) / (1 + (fall / HALF_AT) ** 2)
             found.append((math.log(probe.lr), math.log(y) / power, probe.lr))
     return found
+
+
+def _beyond(probes: Probes, lower: float, upper: float) -> float | None:
+    """ln of the η_c of a loss that has fallen at first, and rises in between as η² does."""
+    fall, rise = (-probes.change(p) for p in probes.ends)
+    if not math.isfinite(rise):
+        return None
+    return math.log(lower**2 + (upper**2 - lower**2) * fall / (fall - rise)) / 2
 
 
 def _typical(probes: Probes) -> float:

@@ -16,6 +16,9 @@ SearchStatus = Literal[
 #: two (tests/unit/search/test_random.py counts what comes of it).
 STANDS_OUT = 4.0
 
+#: A quadratic loss that falls no lower than to 0 has s·η_c ≤ 4·L(θ).
+FLOOR = 4.0
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -93,6 +96,11 @@ class Probes:
         return None if lower is None or upper is None else (lower, upper)
 
     @property
+    def ends(self) -> list[Probe]:
+        """The probes of the bracket, the lower one first."""
+        return [next(p for p in self.made if p.lr == eta) for eta in self.bracket or ()]
+
+    @property
     def non_monotone(self) -> bool:
         """Whether one above lies under one below: the loss crosses L(θ) more than once."""
         return min(self.above, default=math.inf) < max(self.below, default=0.0)
@@ -113,3 +121,7 @@ class Probes:
             a, b = seen[:2]
             slope = (self.h(b) - self.h(a)) / (b.lr / a.lr - 1) - self.h(a) if b.lr > a.lr else 0.0
         return slope if 0 < slope < math.inf else None
+
+    def promised(self, eta: float) -> float:
+        """The fall sη that the slope promises, as a part of L(θ); 0 where there is none."""
+        return (self.descent or 0.0) * eta / self.loss if self.loss > 0 else 0.0

@@ -1,0 +1,107 @@
+"""What the gradient says of an update, and how far rounded weights follow it.
+
+The forward pass reads each weight θ_i rounded to its own precision, where the numbers around it lie
+u_i apart. Weights that training has moved lie anywhere between them, and their errors are as good
+as independent: they shift the loss by σ = √(Σ g_i²u_i²/12). Weights that lie on those numbers, as
+they do when a model has just been made in 16 bits or is trained in them, have errors in common:
+such a weight stays where it is until it is moved by u_i/2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Weights are taken to lie anywhere where their distance to what the forward pass reads is, weighted
+#: with the gradient, more than this part of what it is then, Σ g²u²/12 (in the mean of squares).
+DITHERED = 0.5
+
+#: Else they follow the line once they are moved by so many times u/2, to within a quarter.
+FOLLOWED = 4.0
+
+
+@dataclass(frozen=True)
+class StepProducts:
+    """Sums over all weights, of a step from θ_t to θ_{t+1} that was made with the gradient g.
+
+    Attributes:
+        decrease: ⟨g, θ_t − θ_{t+1}⟩.
+        squared_update: ‖θ_t − θ_{t+1}‖².
+        squared_gradient: ‖g‖².
+        rounding: Σ g²u²/12, with the :func:`spacing` u of what the forward pass reads.
+        distance: Σ g²ρ², with the distance ρ of θ_t to what the forward pass reads.
+        halfway: Σ |g|u/2 over the weights that the step has moved.
+    """
+
+    decrease: float
+    squared_update: float
+    squared_gradient: float
+    rounding: float
+    distance: float
+    halfway: float
+
+    COUNT = 6
+
+    def noise(self, clip: float) -> float:
+        """σ, in nats, where g was multiplied by ``clip``."""
+        return math.sqrt(self.rounding) / clip
+
+    def resolution(self, lr: float) -> float:
+        """η below which the weights that the forward pass reads do not follow the line; 0 if none.
+
+        A weight that lies on what the forward pass reads is moved by η|Δθ_i|, and read anew from
+        u_i/2 on: in the mean, weighted with the gradient, at Σ |g|u/2 ÷ ⟨g, Δθ⟩.
+        """
+        if self.distance > DITHERED * self.rounding or self.decrease <= 0.0:
+            return 0.0
+        return FOLLOWED * self.halfway * lr / self.decrease
+
+
+def product_sums(
+    weights: Tensor, update: Tensor, grad: Tensor | None, read_in: torch.dtype
+) -> Tensor:
+    """The fields of :class:`StepProducts` for some weights; fp64, shape [6].
+
+    Args:
+        weights: θ_t, in fp32 or fp64.
+        update: θ_t − θ_{t+1}.
+        grad: g, or None where it is 0.
+        read_in: the type in which the forward pass reads them.
+    """
+    sums = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=weights.device)
+    sums[1] = _sum(update * update)
+    if grad is None:
+        return sums
+    sums[0] = _sum(grad * update)
+    sums[2] = _sum(grad * grad)
+    apart = grad.abs().mul_(spacing(weights, read_in))
+    sums[3] = _sum(apart * apart) / 12
+    sums[4] = _sum((weights - weights.to(read_in)).mul_(grad).square_())
+    sums[5] = _sum(apart.mul_(update != 0)) / 2
+    return sums
+
+
+def spacing(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between the numbers of a floating-point type around each weight.
+
+    Args:
+        weights: fp32 or fp64.
+        dtype: the type, such as ``torch.bfloat16``.
+    """
+    bits, exponent = _EXPONENTS[weights.dtype]
+    power = (weights.view(bits) & exponent).view(weights.dtype)  # of two, at most |weight|
+    return power.clamp_(min=torch.finfo(dtype).tiny).mul_(torch.finfo(dtype).eps)
+
+
+#: Integer of the same size, and the bits of the exponent in it.
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+
+def _sum(values: Tensor) -> Tensor:
+    return torch.sum(values, dtype=torch.float64)
