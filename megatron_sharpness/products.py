@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Weights are taken to lie anywhere where their distance to what the forward pass reads is, weighted
-#: with the gradient, more than this part of what it is then, Σ g²u²/12 (in the mean of squares).
+#: Weights are taken to lie anywhere if their distances to what the forward pass reads, Σ g²ρ², are
+#: more than this part of what they are then, Σ g²u²/12.
 DITHERED = 0.5
 
 #: Else they follow the line once they are moved by so many times u/2, to within a quarter.

@@ -250,8 +250,8 @@ def quiet(
     """Megatron as a probe needs it, and afterwards as if nothing had happened.
 
     No result validation (NaN at a large η is an answer here), no timers, no straggler detection,
-    no gradient synchronization, no router that iterates for ever; random states, the model's buffers and its mode put back in the
-    end.
+    no gradient synchronization, no router that iterates for ever; random states, the model's
+    buffers and its mode put back in the end.
 
     Args:
         model: the model chunks of this rank.

@@ -39,9 +39,9 @@ class CriticalSharpnessCallback(TrainerCallback):
         trainer.add_callback(CriticalSharpnessCallback(trainer, every=100))
 
     L is the loss that the model itself returns, over all micro-batches and ranks of the step, as
-    the trainer weighs them; where it is not what the trainer differentiates, the record says so. The
-    values are in ``state.log_history``, TensorBoard, W&B and wherever ``report_to`` says, at the
-    step measured: ``critical_sharpness``, ``critical_learning_rate``, ….
+    the trainer weighs them; where it is not what the trainer differentiates, the record says so.
+    The values are in ``state.log_history``, TensorBoard, W&B and wherever ``report_to`` says, at
+    the step measured: ``critical_sharpness``, ``critical_learning_rate``, ….
 
     Args:
         trainer: the trainer that this callback is added to.

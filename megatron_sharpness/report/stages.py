@@ -180,7 +180,7 @@ def find_stages(
         status: how each measurement ended; those without a number are not used.
         training: the loss, as densely as it is known; catapult events quote it.
     """
-    used = (status == "found") & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
+    used = np.isin(status, ["found"]) & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
     if used.sum() < LEAST:
         return Stages((), ())
     iteration, log_sharpness = iteration[used], np.log(sharpness[used])

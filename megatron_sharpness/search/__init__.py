@@ -129,7 +129,7 @@ def find_critical_lr(
     Raises:
         ValueError: an argument is outside its range.
     """
-    start = first_probe(guess, slope, noise, resolution)
+    start = first_probe(guess, slope, noise, resolution) if guess > 0 else guess
     search = _Search(
         Probes(loss, slope, noise), start, tolerance, method, max_evaluations,
         guessed=start <= guess,

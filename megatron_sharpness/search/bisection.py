@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_sharpness.search.certified import beside_level, split
+from megatron_sharpness.search.certified import MOST_LEVEL, beside_level, split
 from megatron_sharpness.search.probes import Ending, Probes
 
 #: Most evaluations of Algorithm 1.
@@ -33,7 +33,7 @@ class Bisection:
             return split(lower, upper, lower + (upper - lower) / 2)
         made = [probe.lr for probe in probes.made]
         eta = min(made) / 2 if probes.above else 2 * max(made)
-        if probes.above and probes.noise and len(probes.level) > 2:
+        if probes.above and probes.noise and len(probes.level) > MOST_LEVEL:
             return Ending("noise_limited")
         if len(made) < DOUBLINGS and 0 < eta < math.inf:
             return eta

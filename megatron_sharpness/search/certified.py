@@ -13,10 +13,12 @@ from megatron_sharpness.search.probes import FLOOR, Ending, Probes
 NEARLY, PAST = 1.25, 0.25
 #: Farthest a search leaves its first probe.
 RANGE = 40 * math.log(2)
-#: A step outwards goes to where a quadratic loss has crossed by then at most (FLOOR), or by OUTWARDS.
+#: A step outwards goes to where a quadratic loss must have crossed (FLOOR) at most, or by OUTWARDS.
 #: In the first steps of a GPT of 124 M parameters s·η_c was 3500·L(θ); where it is not met by
 #: BEYOND·L(θ), the line leads to where the loss does not rise.
 OUTWARDS, BEYOND = math.log(12), 1e6
+#: After more losses that are level with L(θ) than this, the noise is what ends the search.
+MOST_LEVEL = 3
 #: An ascent is believed where the loss is above at these parts of the first probe, too; or, without
 #: a slope, where it rises to two probes FAR_APART about as STEEP. One that falls at first and then
 #: rises as (η/η_c)^p does so for p < 0.07 alone, and in the first steps of training p is 0.15.
@@ -79,7 +81,8 @@ class Certified:
             return ending
         anchor = math.log((max(probes.below, default=end)) if out else probes.upper or end)
         root, grown = predict(probes), 4.0 ** max(0, len(made) - 2)
-        step = math.log(4) if root is None else self.reach(sign * (root - anchor), grown)
+        blind = math.log(4) * max(1, len(made) - 1)
+        step = blind if root is None else self.reach(sign * (root - anchor), grown)
         at = math.log(end)
         beyond = sign * (anchor - at) + min(step, math.log(64) * 2 ** len(made))
         if beyond <= 0:  # what lies there is level: go on from it
@@ -103,7 +106,8 @@ class Certified:
                 f"at η = {end:.3g} the loss is still not above L(θ), where the slope alone "
                 f"promises a fall of {promised:.0e}·L(θ)",
             )
-        hidden = 0 < (probes.descent or 0.0) * end <= probes.margin or len(probes.level) > 2
+        hidden = 0 < (probes.descent or 0.0) * end <= probes.margin
+        hidden = hidden or len(probes.level) > MOST_LEVEL
         return Ending("noise_limited") if not out and probes.noise and hidden else None
 
     def ascent(self) -> float | Ending | None:
@@ -117,7 +121,7 @@ class Certified:
                 return Ending("noise_limited")
             if self.rises_at_once():
                 return Ending("not_descent")
-        elif probes.slope > 0 or (len(probes.made) > 1 and nearest in probes.below):
+        elif not probes.slope <= 0 or (len(probes.made) > 1 and nearest in probes.below):
             return None
         smaller = (part * self.start for part in ASCENT if part * self.start < nearest)
         eta = next(smaller, 0.0)
@@ -144,7 +148,7 @@ def beside_level(probes: Probes, lower: float, upper: float, window: float) -> f
     x = (first + last + window) / 2
     if high <= x:
         x = high - window
-    if not (low < x < first or last < x):
+    if len(level) > MOST_LEVEL or not (low < x < first or last < x):
         return Ending("noise_limited")
     return split(lower, upper, math.exp(x))
 

@@ -48,21 +48,22 @@ def _deviations(probes: Probes, slope: float) -> list[tuple[float, float, float]
     found = []
     for probe in probes.finite:
         # Next to θ y is 0 to within the noise; η_c is no farther than what that noise leaves open.
-        unsure = probes.margin / (slope * probe.lr)
+        unsure = probes.margin / (slope * probe.lr) if probes.margin else 0.0
         y = 1 + probes.h(probe) / slope
         if y > -unsure and 0 < (y := max(y, unsure)) < math.inf:
-            fall = slope * probe.lr / math.sqrt(y) / probes.loss if probes.loss > 0 else 0.0
-            power = LEAST_POWER + (1 - LEAST_POWER) / (1 + (fall / HALF_AT) ** 2)
+            fall = min(probes.promised(probe.lr) / math.sqrt(y) / HALF_AT, 1e9)
+            power = LEAST_POWER + (1 - LEAST_POWER) / (1 + fall**2)
             found.append((math.log(probe.lr), math.log(y) / power, probe.lr))
     return found
 
 
 def _beyond(probes: Probes, lower: float, upper: float) -> float | None:
     """ln of the η_c of a loss that has fallen at first, and rises in between as η² does."""
-    fall, rise = (-probes.change(p) for p in probes.ends)
-    if not math.isfinite(rise):
+    fall, rise = (abs(probes.change(probe)) for probe in probes.ends)
+    if not 0 < fall + rise < math.inf:
         return None
-    return math.log(lower**2 + (upper**2 - lower**2) * fall / (fall - rise)) / 2
+    times = upper / lower
+    return math.log(lower) + math.log1p((times - 1) * (times + 1) * fall / (fall + rise)) / 2
 
 
 def _typical(probes: Probes) -> float:

@@ -123,5 +123,7 @@ class Probes:
         return slope if 0 < slope < math.inf else None
 
     def promised(self, eta: float) -> float:
-        """The fall sη that the slope promises, as a part of L(θ); 0 where there is none."""
-        return (self.descent or 0.0) * eta / self.loss if self.loss > 0 else 0.0
+        """The fall sη that the slope promises, as a part of |L(θ)|, or of the largest change seen
+        where that is more, as of losses that are 0 in the mean; 0 where no slope is known."""
+        scale = max(abs(self.loss), *(abs(self.change(p)) for p in self.finite), math.ulp(0.0))
+        return (self.descent or 0.0) * eta / scale

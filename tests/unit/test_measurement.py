@@ -46,8 +46,8 @@ def test_scalars_leave_out_what_was_not_measured() -> None:
 
 def test_statuses_are_the_contract() -> None:
     assert STATUSES == (
-        "found", "estimated", "not_descent", "no_upper", "no_lower", "non_finite", "exhausted",
-        "skipped_step", "zero_lr", "noise_limited", "failed",
+        "found", "not_descent", "no_upper", "no_lower", "noise_limited", "non_finite", "exhausted",
+        "skipped_step", "zero_lr", "failed",
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_sharpness import cli
 from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import MEASURED, MISSED
+from megatron_sharpness.measurement import MISSED, STATUSES
 from megatron_sharpness.report import format_table, read_records
 from megatron_sharpness.report.records import (
     Run,
@@ -47,7 +47,7 @@ def record(iteration: int, status: str = "found", **fields: Any) -> dict[str, An
         "seconds": 0.5,
         "batch": "train",
         "status": status,
-        **{name: value if status in MEASURED else None for name, value in found.items()},
+        **{name: value if status not in MISSED else None for name, value in found.items()},
         **fields,
     }
 
@@ -170,7 +170,7 @@ def test_tensorboard_gives_loss_and_learning_rate(tmp_path: Path) -> None:
         [record(10 * i) for i in range(1, 200)],
         [record(10)],
         [record(10, "failed"), record(20, "zero_lr", lr=0.0, loss=None)],
-        [record(i, status) for i, status in enumerate([*MEASURED, *MISSED], start=1)],
+        [record(i, status) for i, status in enumerate(STATUSES, start=1)],
     ],
     ids=["long", "single", "nothing found", "every status"],
 )
@@ -235,10 +235,10 @@ def test_every_missed_measurement_is_marked() -> None:
     from megatron_sharpness.report.figure import _mark_missed
 
     axes = figure_module.Figure().subplots()
-    records = [record(i, status) for i, status in enumerate([*MEASURED, *MISSED], start=1)]
+    records = [record(i, status) for i, status in enumerate(STATUSES, start=1)]
     _mark_missed(axes, [*records, record(99, "failed")])
     marked = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
-    assert marked["failed (2)"] == [len(MEASURED) + len(MISSED), 99]
+    assert marked["failed (2)"] == [len(STATUSES), 99]
     assert len(marked) == len(MISSED)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_sharpness import update_line
+from megatron_sharpness.products import StepProducts
 from megatron_sharpness.update_line import Shard, UpdateLine
 
 
@@ -60,12 +61,14 @@ def test_large_shards_are_taken_in_pieces(
     line.end()
     line.move(0.25)
     assert torch.equal(model, torch.lerp(start, main, 0.25).bfloat16())
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
     line.products([torch.full(main.shape, 2.0)], total)
     update = (start - main).double()
     expected = torch.stack([2 * update.sum(), update.square().sum()])
     assert torch.allclose(total[:2], expected, rtol=1e-6)
     assert total[2] == 4 * main.numel()
+    distance = (start - start.bfloat16()).double()
+    assert torch.allclose(total[4], 4 * distance.square().sum(), rtol=1e-6)
 
 
 def test_products_count_every_parameter_once() -> None:
@@ -79,7 +82,8 @@ def test_products_count_every_parameter_once() -> None:
     for shard in shards:
         shard.main.sub_(2.0)
     line.end()
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
     three = torch.full((4,), 3.0)
     line.products([three, three, None], total)
-    assert total.tolist() == [24.0, 32.0, 36.0]  # the third has moved, but has no gradient
+    # The third has moved, but has no gradient.
+    assert total[:3].tolist() == [24.0, 32.0, 36.0]
