@@ -72,13 +72,13 @@ class Measurement:
             learning rate.
         critical_lr: η_c = min{η > 0 : L(θ − ηΔθ) > L(θ)} (Def. 2.1), interpolated in its bracket.
         critical_lr_error: relative standard uncertainty of η_c, and so of λ_c: of interpolating it
-            (:func:`megatron_sharpness.search.estimates.interpolate`), and of the noise.
+            (:func:`megatron_sharpness.search.estimate.interpolate`), and of the noise.
         critical_lr_lower, critical_lr_upper: the bracket, L(lower) ≤ L(θ) < L(upper) by more than
             the noise; under other statuses than ``found`` the tightest one seen.
         critical_sharpness: λ_c = 2/η_c (Def. 2.1).
         directional_sharpness: λ_dir = ΔθᵀHΔθ / ⟨g, Δθ⟩ (Result 2.1), estimated from the probes as
-            :func:`megatron_sharpness.search.estimate_directional_sharpness` says, where one stands
-            out from the noise.
+            :func:`megatron_sharpness.directional.estimate_directional_sharpness` says, where one
+            stands out from the noise.
         edge_of_stability: 2/η − γ, the line for λ_max of the Hessian, γ being the decoupled weight
             decay, and for λ_c where γ is small beside 2/η. Along an update that holds the decay
             λ_c itself settles at 2/η (experiments/weight_decay).

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Protocol
 
+from megatron_sharpness.directional import estimate_directional_sharpness
 from megatron_sharpness.measurement import (
     TRAIN,
     Measurement,
@@ -24,7 +25,6 @@ from megatron_sharpness.measurement import (
 )
 from megatron_sharpness.search import (
     SearchResult,
-    estimate_directional_sharpness,
     find_critical_lr,
     find_critical_lrs,
     first_probe,

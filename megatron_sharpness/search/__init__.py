@@ -15,16 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from megatron_sharpness.search.bisection import Bisection
 from megatron_sharpness.search.certified import Certified
-from megatron_sharpness.search.estimates import (
-    estimate_directional_sharpness,
-    interpolate,
-    middle,
-)
-from megatron_sharpness.search.probes import Ending, Probe, Probes, SearchStatus
+from megatron_sharpness.search.estimate import interpolate, middle
+from megatron_sharpness.search.probes import Probe, Probes
+from megatron_sharpness.search.strategy import Ending, SearchStatus, Strategy
 
 __all__ = [
     "TOLERANCES",
@@ -33,13 +30,13 @@ __all__ = [
     "Probes",
     "SearchResult",
     "SearchStatus",
-    "estimate_directional_sharpness",
     "find_critical_lr",
     "find_critical_lrs",
     "first_probe",
 ]
 
 Method = Literal["certified", "bisection"]
+_STRATEGIES: dict[str, type[Strategy]] = {"certified": Certified, "bisection": Bisection}
 
 #: Width of the bracket by default. Interpolated in 1/4, η_c is as good as the middle of 1/16.
 TOLERANCES: dict[Method, float] = {"certified": 1 / 4, "bisection": 1 / 16}
@@ -67,12 +64,14 @@ class SearchResult:
                 |1 - lower/upper| ≤ tolerance.
             "not_descent": slope ≤ 0, given or seen, and no decrease next to θ: η_c = 0, λ_c = ∞.
             "no_upper": the loss does not rise above L(θ) within a factor 2^40 of the first probe,
-                or where the slope alone promises a fall of 10^4·L(θ).
+                or where the slope alone promises a fall of 10^6·L(θ).
             "no_lower": the loss does not fall to L(θ) within a factor 2^40 of the first probe.
             "noise_limited": the loss cannot be told from L(θ) where the bracket would have to end.
             "non_finite": L(θ) itself is NaN or infinite; nothing is evaluated.
             "exhausted": `max_evaluations` are spent, or no float is left between the two.
         reason: what was seen, where the status does not say it all.
+        non_monotone: a probe above lies under one below: the loss crosses L(θ) more than once,
+            and the bracket is that of the smallest crossing seen.
         probes: every evaluation, in order.
     """
 
@@ -118,7 +117,7 @@ def find_critical_lr(
         slope: s = ⟨g, Δθ⟩, in nat per unit of η, with g the unclipped gradient of the same
             loss: L falls as -sη at first. A wrong slope can cost evaluations, and a slope ≤ 0
             that is contradicted by a decrease is ignored; the bracket is certified by
-            evaluations alone.
+            evaluations alone. One that is many orders of magnitude too large ends in "no_upper".
         noise: root-mean-square error of one loss, in nat.
         resolution: η below which rounded weights do not follow the line: the first η is no nearer.
         tolerance: relative width |1 - lower/upper| of the bracket, between 0 and 1; by default
@@ -129,14 +128,12 @@ def find_critical_lr(
     Raises:
         ValueError: an argument is outside its range.
     """
-    start = first_probe(guess, slope, noise, resolution) if guess > 0 else guess
-    search = _Search(
-        Probes(loss, slope, noise), start, tolerance, method, max_evaluations,
-        guessed=start <= guess,
-    )  # fmt: skip
-    while not isinstance(choice := search.choice(), Ending):
-        search.add(choice, loss_at(choice))
-    return search.result()
+    options = _checked(guess, noise, tolerance, method, max_evaluations)
+    start = first_probe(guess, slope, noise, resolution)
+    search = _STRATEGIES[method](Probes(loss, slope, noise), start, *options, start == guess)
+    while not isinstance(eta := search.ask(), Ending):
+        search.tell(eta, loss_at(eta))
+    return _result(search, eta, method)
 
 
 def find_critical_lrs(
@@ -152,8 +149,8 @@ def find_critical_lrs(
     """Bracket the critical learning rate of each of several losses along one update.
 
     Each loss has the search that :func:`find_critical_lr` would make for it without a slope, but
-    an ascent is an answer here. A loss that was never below ends "not_descent" where it rises to
-    two probes far apart about as steeply, or is above at 1/4096 of the guess too.
+    an ascent is an answer here: a loss that was never below ends "not_descent" where it is above at
+    1/4096 of the guess too.
 
     The searches take turns, and what one asks for is evaluated for all whose own next η is so near
     that it does as well: within half a tolerance of a guess or a prediction, while an evaluation
@@ -169,25 +166,24 @@ def find_critical_lrs(
     Raises:
         ValueError: an argument is outside its range.
     """
-    searches = {
-        name: _Search(
-            Probes(loss, None, (noises or {}).get(name, 0.0)),
-            guesses[name], tolerance, method, max_evaluations, may_ascend=True,
-        )
-        for name, loss in losses.items()
-    }  # fmt: skip
+    searches: dict[str, Strategy] = {}
+    for name, loss in losses.items():
+        noise = (noises or {}).get(name, 0.0)
+        options = _checked(guesses[name], noise, tolerance, method, max_evaluations)
+        probes = Probes(loss, None, noise)
+        searches[name] = _STRATEGIES[method](probes, guesses[name], *options, may_ascend=True)
     while True:
-        choices = {name: search.choice() for name, search in searches.items()}
-        wanted = {name: eta for name, eta in choices.items() if not isinstance(eta, Ending)}
+        asked = {name: search.ask() for name, search in searches.items()}
+        wanted = {name: eta for name, eta in asked.items() if not isinstance(eta, Ending)}
         if not wanted:
-            return {name: search.result() for name, search in searches.items()}
+            return {name: _result(searches[name], asked[name], method) for name in searches}
         served = {
             eta: [name for name in wanted if searches[name].takes(eta, wanted[name])]
             for eta in wanted.values()
         }
         eta = max(served, key=lambda eta: len(served[eta]))
         for name, loss in losses_at(eta, served[eta]).items():
-            searches[name].add(eta, loss)
+            searches[name].tell(eta, loss)
 
 
 def first_probe(guess: float, slope: float | None, noise: float, resolution: float) -> float:
@@ -196,98 +192,39 @@ def first_probe(guess: float, slope: float | None, noise: float, resolution: flo
     return max(guess, resolution, visible if visible < math.inf else 0.0)
 
 
-class _Search:
-    """One search: its probes, its strategy, and what it asks for next."""
-
-    def __init__(
-        self,
-        probes: Probes,
-        start: float,
-        tolerance: float | None,
-        method: Method,
-        max_evaluations: int,
-        *,
-        guessed: bool = True,
-        may_ascend: bool = False,
-    ) -> None:
-        _check(start, probes.noise, tolerance, method, max_evaluations)
-        self.probes, self.method, self.max_evaluations = probes, method, max_evaluations
-        self.tolerance = tolerance or TOLERANCES[method]
-        # Just inside of the tolerance, so that rounding does not leave a bracket open.
-        self.window = -math.log1p(-self.tolerance) * (1 - 1e-9)
-        self.strategy: Certified | Bisection = (
-            Bisection(probes, start, self.window)
-            if method == "bisection"
-            else Certified(probes, start, self.window, guessed, may_ascend)
-        )
-        self._choice: float | Ending | None = None
-
-    def choice(self) -> float | Ending:
-        """The next η to evaluate, or the ending; the same until a probe is added."""
-        if self._choice is None:
-            self._choice = self._choose()
-        return self._choice
-
-    def _choose(self) -> float | Ending:
-        if not math.isfinite(self.probes.loss):
-            return Ending("non_finite")
-        if self.probes.bracket:
-            lower, upper = self.probes.bracket
-            if abs(1 - lower / upper) <= self.tolerance:
-                return Ending("found")
-        choice = self.strategy.next()
-        if not isinstance(choice, Ending) and len(self.probes.made) >= self.max_evaluations:
-            return Ending("exhausted", f"{self.max_evaluations} evaluations were made")
-        return choice
-
-    def takes(self, eta: float, wanted: float) -> bool:
-        """Whether an evaluation at `eta` does as well as the one that is wanted."""
-        # A move costs a small part of an evaluation, so that no evaluation is to be lost by it.
-        near = 0.0 if self.strategy.closing else self.window / 2
-        return abs(math.log(eta / wanted)) <= near
-
-    def add(self, eta: float, loss: float) -> None:
-        self._choice = None
-        self.probes.made.append(Probe(eta, float(loss)))
-
-    def result(self) -> SearchResult:
-        ending, probes = self.choice(), self.probes
-        assert isinstance(ending, Ending)
-        eta: float | None = None
-        error: float | None = None
-        if ending.status == "found":
-            eta, error = (middle if self.method == "bisection" else interpolate)(probes)
-        return SearchResult(
-            probes.lower, probes.upper, eta, error, len(probes.made), ending.status,
-            ending.reason, probes.non_monotone, tuple(probes.made),
-        )  # fmt: skip
+def _result(search: Strategy, ending: float | Ending, method: Method) -> SearchResult:
+    assert isinstance(ending, Ending)
+    probes, (lower, upper) = search.probes, search.probes.bracket
+    eta: float | None = None
+    error: float | None = None
+    if ending.status == "found" and lower and upper:
+        certified = method == "certified"
+        eta, error = interpolate(probes, lower, upper) if certified else middle(lower, upper)
+    crosses_again = min(probes.above, default=math.inf) < max(probes.below, default=0.0)
+    return SearchResult(
+        lower=lower.lr if lower else None,
+        upper=upper.lr if upper else None,
+        eta=eta,
+        error=error,
+        evaluations=len(probes.made),
+        status=ending.status,
+        reason=ending.reason,
+        non_monotone=crosses_again,
+        probes=tuple(probes.made),
+    )
 
 
-def _check(
-    guess: float, noise: float, tolerance: float | None, method: str, max_evaluations: int
-) -> None:
-    if not 0 < guess < math.inf:
-        raise ValueError(
-            f"guess={guess!r} is not a learning rate, which is positive and finite: "
-            "pass the last critical learning rate, or the learning rate of the step"
-        )
-    if not 0 <= noise < math.inf:
-        raise ValueError(
-            f"noise={noise!r} is not a root-mean-square error, which is finite and not negative: "
-            "pass 0 where the loss repeats exactly"
-        )
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(
-            f"tolerance={tolerance!r} is not a relative width of a bracket: "
-            "pass a number between 0 and 1, such as 1/4"
-        )
-    if method not in get_args(Method):
-        raise ValueError(
-            f"method={method!r} is not a method of this search: "
-            f"pass one of {', '.join(map(repr, get_args(Method)))}"
-        )
-    if not isinstance(max_evaluations, int) or max_evaluations < 1:
-        raise ValueError(
-            f"max_evaluations={max_evaluations!r} leaves no evaluation to make: "
-            "pass an integer of at least 1, such as 40"
-        )
+def _checked(
+    guess: float, noise: float, tolerance: float | None, method: Method, max_evaluations: int
+) -> tuple[float, int]:
+    """Tolerance and most evaluations of a search."""
+    for name, value, right, what in (
+        ("guess", guess, 0 < guess < math.inf, "a positive, finite learning rate"),
+        ("noise", noise, 0 <= noise < math.inf, "a finite root-mean-square error, such as 0"),
+        ("tolerance", tolerance, tolerance is None or 0 < tolerance < 1, "1/4, or so"),
+        ("method", method, method in _STRATEGIES, f"one of {', '.join(_STRATEGIES)}"),
+        ("max_evaluations", max_evaluations, max_evaluations % 1 == 0 < max_evaluations, "40"),
+    ):
+        if not right:
+            raise ValueError(f"{name}={value!r} is none to search with: pass {what}")
+    return tolerance or TOLERANCES[method], max_evaluations

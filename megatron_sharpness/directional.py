@@ -1,0 +1,70 @@
+"""Directional sharpness, read off the probes of a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_sharpness.search import Probe, Probes
+
+#: A curvature is read off a loss that it changes by so many times the noise.
+CURVES_OUT = 16.0
+
+#: A loss is as good as quadratic up to η_c where it has this power there at least; 1 is quadratic.
+NEARLY_QUADRATIC = 0.25
+
+
+def estimate_directional_sharpness(
+    loss: float,
+    slope: float | None,
+    probes: Sequence[Probe],
+    *,
+    critical_lr: float | None = None,
+    noise: float = 0.0,
+    resolution: float = 0.0,
+) -> float | None:
+    """Directional sharpness λ_dir = ΔθᵀHΔθ/⟨g, Δθ⟩ from one probe of a search.
+
+    L(θ - ηΔθ) = L(θ) - ηs + η²/2·ΔθᵀHΔθ + O(η³), so
+
+        λ_dir ≈ 2(L(θ - ηΔθ) - L(θ) + ηs)/(sη²),
+
+    exact where the loss is quadratic, and there equal to λ_c (Result 2.1). Used is the finite
+    probe with the smallest η whose curvature term, the numerator's bracket, is CURVES_OUT times the
+    noise; the error is O(η), so that a probe at η ≪ η_c estimates better than one near η_c. Where
+    L(θ) - L(θ - ηΔθ) ≈ sη(1 - (η/η_c)^p) at η_c with p < 1/4, as in the first steps of training,
+    the loss is far from quadratic: what a probe gives depends on where it was made, by orders of
+    magnitude, and none is used.
+
+    Args:
+        loss: L(θ), in nat.
+        slope: s = ⟨g, Δθ⟩, in nat per unit of η.
+        probes: evaluations on the line, in any order.
+        critical_lr: η_c, where it is known.
+        noise: root-mean-square error of one loss, in nat.
+        resolution: η below which rounded weights do not follow the line.
+
+    Returns:
+        λ_dir in 1/η, or None if the slope is unknown or ≤ 0, no probe stands out so far, or the
+        loss is far from quadratic.
+    """
+    if slope is None or not 0 < slope < math.inf:
+        return None
+    made = Probes(loss, slope, noise, list(probes))
+    if critical_lr is not None and _power(made, slope, critical_lr) < NEARLY_QUADRATIC:
+        return None
+    for probe in made.finite:
+        rise = made.change(probe) + slope * probe.lr
+        sharpness = 2 * rise / slope / probe.lr / probe.lr
+        seen = probe.lr >= resolution and rise and abs(rise) >= CURVES_OUT * noise
+        if seen and math.isfinite(sharpness):
+            return sharpness
+    return None
+
+
+def _power(probes: Probes, slope: float, critical_lr: float) -> float:
+    """p by the probe that is nearest to η_c and apart from it."""
+    x = math.log(critical_lr)
+    points = [probes.point(probe, slope) for probe in probes.finite]
+    apart = [(abs(p[0] - x), p[1] / (p[0] - x)) for p in points if p and abs(p[0] - x) > 0.01]
+    return min(apart, default=(0.0, 1.0))[1]
