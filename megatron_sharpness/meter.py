@@ -267,7 +267,8 @@ class Meter:
 
     def _noise(self, step: Step, name: str, loss: float) -> float:
         """Root-mean-square error of one loss: of the weights' rounding, of kernels, and of fp32."""
-        return math.hypot(step.noise, self.state.repeat_errors.get(name, 0.0), ROUNDING * loss)
+        rounding = ROUNDING * loss if math.isfinite(loss) else 0.0
+        return math.hypot(step.noise, self.state.repeat_errors.get(name, 0.0), rounding)
 
     def _loss_at_start(self, step: Step, loss_at: Callable[[float], float]) -> float:
         """L(θ): the training loss where its replay is known to equal it, an evaluation elsewhere.
@@ -435,7 +436,7 @@ def _hidden(step: Step, record: Measurement) -> str:
     assert record.noise is not None
     bracketed = record.critical_lr_lower is not None and record.critical_lr_upper is not None
     where = "as narrow a bracket as was asked for" if bracketed else "where it falls below L(θ)"
-    if step.noise > record.noise / 2:
+    if 2 * step.noise**2 > record.noise**2:
         source, remedy = "of rounding the weights to 16 bits", "fp32 weights in the forward pass"
     else:
         source, remedy = "of evaluating it again", "kernels that repeat, or fp32"

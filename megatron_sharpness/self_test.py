@@ -53,8 +53,7 @@ def repeat_error(loss: float, loss_at_start: Callable[[], float]) -> float:
     if losses[0] == losses[1]:
         return 0.0
     losses += [loss_at_start(), loss_at_start()]
-    spread = max(losses) - min(losses)
-    if not spread <= max(SAME * abs(loss), EXACT):
+    if not all(abs(value - loss) <= max(SAME * abs(loss), EXACT) for value in losses):
         raise WrongLoss(
             f"the loss does not repeat: evaluated {len(losses)} times at the same weights it is "
             f"{min(losses):.6g} to {max(losses):.6g}. Likely causes: another batch at each call, "

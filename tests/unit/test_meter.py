@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
 from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, MeterState, ProbeError, Settings, Step
+from megatron_sharpness.meter import LossAt, Meter, MeterState, ProbeError, Step
+from megatron_sharpness.settings import Settings
 
 SLOPE, CURVATURE, START = 2.0, 40.0, 3.0
 CRITICAL = 2.0 * SLOPE / CURVATURE
 STEP = Step(
     iteration=10, consumed_samples=80, lr=0.03, weight_decay=0.1, beta1=0.9, training_loss=START,
-    slope=SLOPE, update_norm=1.5, tokens=256,
+    slope=SLOPE, update_norm=1.5,
 )  # fmt: skip
+UNKNOWN = replace(STEP, training_loss=None)
+TOKENS = 256
 
 
 def quadratic(eta: float) -> float:
@@ -26,65 +30,154 @@ class Records(list[Measurement]):
         self.append(measurement)
 
 
-def counted(function: Callable[[float], float]) -> tuple[Callable[[float], float], list[float]]:
+def counted(function: Callable[[float], float]) -> tuple[LossAt, list[float]]:
     calls: list[float] = []
 
-    def call(eta: float) -> float:
+    def call(eta: float) -> tuple[float, int]:
         calls.append(eta)
-        return function(eta)
+        return function(eta), TOKENS
 
     return call, calls
 
 
+def measure(
+    meter: Meter, function: Callable[[float], float] = quadratic, step: Step = STEP
+) -> Measurement:
+    return meter.measure(step, counted(function)[0])
+
+
+def tested(**state: object) -> Meter:
+    """A meter in a run whose first measurement is over."""
+    known: dict[str, object] = {
+        "replay_error": 0.0, "repeat_errors": {"train": 0.0}, "slope_agrees": True
+    }  # fmt: skip
+    return Meter(Settings(), state=MeterState(**{**known, **state}))  # type: ignore[arg-type]
+
+
 def test_quadratic_gives_every_number_of_the_record() -> None:
     records = Records()
-    record = Meter(Settings(), sinks=[records]).measure(STEP, quadratic)
+    record = measure(Meter(Settings(), sinks=[records]))
     assert records == [record]
     assert record.status == "found"
-    assert record.critical_lr == pytest.approx(CRITICAL, rel=1e-3)
-    assert record.critical_sharpness == pytest.approx(CURVATURE / SLOPE, rel=1e-3)
+    assert record.critical_lr == pytest.approx(CRITICAL, rel=1e-6)
+    assert record.critical_sharpness == pytest.approx(CURVATURE / SLOPE, rel=1e-6)
+    assert record.critical_lr_error is not None and 0 < record.critical_lr_error < 0.01
     # On a quadratic λ_dir = λ_c (Result 2.1).
     assert record.directional_sharpness == pytest.approx(CURVATURE / SLOPE, rel=1e-6)
     assert record.critical_lr_lower is not None and record.critical_lr_upper is not None
     assert record.critical_lr_lower <= CRITICAL < record.critical_lr_upper
-    assert record.lr_over_critical == pytest.approx(0.03 / CRITICAL, rel=1e-3)
+    assert record.lr_over_critical == pytest.approx(0.03 / CRITICAL, rel=1e-6)
     assert record.edge_of_stability == pytest.approx(2 / 0.03 - 0.1)
     assert record.edge_of_stability_preconditioned == pytest.approx((2 / 0.03 - 0.1) * 19)
-    assert (record.loss, record.slope, record.tokens) == (START, SLOPE, 256)
-    assert record.seconds > 0.0
+    assert (record.loss, record.slope, record.tokens) == (START, SLOPE, TOKENS)
+    assert record.replay_error == 0.0 and record.noise == pytest.approx(START * 2**-22)
+    assert record.seconds > 0.0 and record.reason is None
 
 
 def test_the_self_test_is_made_once_and_then_the_loss_is_free() -> None:
+    """Two passes more: L(θ), and one next to θ where the loss is to fall as the slope says."""
     meter = Meter(Settings())
-    for expected in (1, 0, 0):
+    for more in (2, 0, 0):
         loss_at, calls = counted(quadratic)
         record = meter.measure(STEP, loss_at)
+        assert calls.count(0.0) == (1 if more else 0)
+        assert len(calls) == record.evaluations + more
+    assert meter.state == MeterState(
+        guesses={"train": record.critical_lr or 0.0}, repeat_errors={"train": 0.0},
+        replay_error=0.0, slope_agrees=True, measurements=3,
+    )  # fmt: skip
+
+
+def test_without_the_training_loss_it_is_evaluated_twice_at_first_and_then_once() -> None:
+    meter = Meter(Settings())
+    for expected in (2, 1, 1):
+        loss_at, calls = counted(quadratic)
+        record = meter.measure(UNKNOWN, loss_at)
         assert calls.count(0.0) == expected
-        assert len(calls) == record.evaluations + 3 * expected  # L(θ) and two probes of the noise
-    assert meter.state.replay_is_exact is True
-    assert meter.state.noise == pytest.approx(0.0, abs=1e-6)
+        assert (record.loss, record.replay_error, record.tokens) == (START, None, TOKENS)
 
 
-def test_a_failing_self_test_is_reported_and_the_loss_is_evaluated_from_then_on() -> None:
+def test_a_replay_that_is_not_exact_is_reported_and_evaluated_from_then_on() -> None:
     warnings: list[str] = []
     meter = Meter(Settings(), warn=warnings.append)
     step = replace(STEP, training_loss=START + 1e-3)
-    for _ in range(3):
+    for expected in (2, 1, 1):
         loss_at, calls = counted(quadratic)
         record = meter.measure(step, loss_at)
-        assert calls.count(0.0) == 1
-        assert record.loss == START
-    assert meter.state.replay_is_exact is False
+        assert calls.count(0.0) == expected
+        assert record.status == "found" and record.loss == START
+        assert record.replay_error == pytest.approx(1e-3)
     assert len(warnings) == 1 and "differs from the training loss" in warnings[0]
+
+
+class TestWrongLosses:
+    """Each was of status found once, with a wrong number."""
+
+    MEAN = staticmethod(lambda eta: quadratic(eta) / TOKENS)
+    OTHER = staticmethod(lambda eta: 1.1 * START - 0.3 * SLOPE * eta + 0.5 * CURVATURE * eta**2)
+    STILL = staticmethod(lambda eta: START)
+
+    @pytest.mark.parametrize("wrong", [MEAN, OTHER])
+    def test_a_mean_or_another_loss_is_not_the_trained_one(self, wrong: LossAt) -> None:
+        meter = Meter(Settings())
+        for _ in range(2):  # it is not believed later either
+            record = measure(meter, wrong)  # type: ignore[arg-type]
+            assert record.status == "failed" and "the step was trained on 3" in str(record.reason)
+            assert record.critical_lr is None and record.critical_lr_lower is None
+        assert meter.state.guesses == {}
+        assert measure(meter).status == "found"
+
+    @pytest.mark.parametrize("wrong", [MEAN, OTHER, STILL])
+    def test_one_is_told_by_the_slope_where_the_training_loss_is_not_known(
+        self, wrong: LossAt
+    ) -> None:
+        meter = Meter(Settings())
+        for _ in range(2):
+            record = measure(meter, wrong, UNKNOWN)  # type: ignore[arg-type]
+            assert record.status == "failed" and "as fast as its gradient" in str(record.reason)
+            assert record.critical_lr is None and record.directional_sharpness is None
+        assert measure(meter, step=UNKNOWN).status == "found"
+
+    @pytest.mark.parametrize("step", [STEP, UNKNOWN])
+    def test_another_batch_at_each_call_does_not_repeat(self, step: Step) -> None:
+        batches = itertools.cycle([0.02, -0.03, 0.01, -0.02])
+        record = measure(Meter(Settings()), lambda eta: quadratic(eta) + next(batches), step)
+        assert record.status == "failed" and "does not repeat" in str(record.reason)
+
+    def test_weights_that_the_model_does_not_read_are_told_though_the_loss_is_right(self) -> None:
+        record = measure(Meter(Settings()), self.STILL)
+        assert record.status == "failed" and "the model does not read" in str(record.reason)
+
+    def test_they_can_be_made_fatal(self) -> None:
+        with pytest.raises(ProbeError, match="trained on 3"):
+            measure(Meter(Settings(on_error="raise")), self.MEAN)
+
+
+@pytest.mark.parametrize("factor", [0.19, 3.0])
+def test_a_slope_of_another_loss_is_left_out_where_the_loss_is_known_to_be_right(
+    factor: float,
+) -> None:
+    warnings: list[str] = []
+    meter = Meter(Settings(), warn=warnings.append)
+    for _ in range(2):
+        record = measure(meter, step=replace(STEP, slope=factor * SLOPE))
+        assert record.status == "found"
+        assert record.critical_lr == pytest.approx(CRITICAL, rel=0.02)
+        assert record.slope is None and record.directional_sharpness is None
+    assert len(warnings) == 1 and "clipped" in warnings[0]
+    # In evaluation mode the slope is that of training, and nobody need be told.
+    eval_step = replace(UNKNOWN, slope=factor * SLOPE, trained=False)
+    record = measure(Meter(Settings(), warn=warnings.append), step=eval_step)
+    assert record.status == "found" and record.slope is None and len(warnings) == 1
 
 
 def test_searches_start_where_the_last_one_ended() -> None:
     meter = Meter(Settings(initial_guess=1e-3))
-    _, cold = meter.measure(STEP, quadratic), meter.state.guess
-    assert cold == pytest.approx(CRITICAL, rel=1e-3)
+    measure(meter)
+    assert meter.state.guesses["train"] == pytest.approx(CRITICAL, rel=1e-6)
     loss_at, calls = counted(quadratic)
     meter.measure(STEP, loss_at)
-    assert len(calls) <= 3 and all(CRITICAL / 1.2 < eta < CRITICAL * 1.2 for eta in calls)
+    assert len(calls) == 3 and all(CRITICAL / 1.34 < eta < CRITICAL * 1.34 for eta in calls)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +198,9 @@ def test_steps_that_cannot_be_measured_make_no_probe(
     assert record.critical_sharpness is None
 
 
-def test_a_non_finite_loss_is_a_status() -> None:
-    record = Meter(Settings()).measure(replace(STEP, training_loss=math.nan), lambda eta: math.nan)
+@pytest.mark.parametrize("trained", [math.nan, None])
+def test_a_non_finite_loss_is_a_status(trained: float | None) -> None:
+    record = measure(Meter(Settings()), lambda eta: math.nan, replace(STEP, training_loss=trained))
     assert record.status == "non_finite"
     assert record.critical_lr is None
 
@@ -116,9 +210,9 @@ def test_an_error_costs_the_measurement_and_not_the_run() -> None:
         raise ProbeError("rank 1: OutOfMemoryError")
 
     meter = Meter(Settings())
-    record = meter.measure(STEP, broken)
+    record = measure(meter, broken)
     assert record.status == "failed" and "rank 1: OutOfMemoryError" in str(record.reason)
-    assert meter.measure(STEP, quadratic).status == "found"
+    assert measure(meter).status == "found"
 
 
 def test_an_error_can_be_made_fatal_and_is_recorded_first() -> None:
@@ -127,21 +221,36 @@ def test_an_error_can_be_made_fatal_and_is_recorded_first() -> None:
 
     records = Records()
     with pytest.raises(ProbeError, match="OutOfMemoryError"):
-        Meter(Settings(on_error="raise"), sinks=[records]).measure(STEP, broken)
+        measure(Meter(Settings(on_error="raise"), sinks=[records]), broken)
     assert [record.status for record in records] == ["failed"]
 
 
-def test_noise_that_hides_the_root_is_a_status() -> None:
-    def noisy(eta: float) -> float:
-        return quadratic(eta) + (0.02 if 0.0 < eta < 0.01 * STEP.lr else 0.0)
-
-    meter = Meter(Settings())
-    record = meter.measure(STEP, noisy)
-    assert record.noise == pytest.approx(0.02, rel=1e-2)  # a tenth of s·η_c = 0.2
-    assert record.status == "noise_limited" and "10%" in str(record.reason)
+def test_the_noise_is_of_weights_kernels_and_fp32_and_each_has_its_remedy() -> None:
+    step = replace(STEP, noise=0.02)  # a tenth of s·η_c = 0.2
+    record = measure(tested(), step=step)
+    assert record.noise == pytest.approx(0.02, rel=1e-6)
+    assert record.status == "noise_limited" and "16 bits" in str(record.reason)
     assert record.critical_sharpness is None and record.critical_lr is None
-    assert record.critical_lr_lower is not None  # what was seen is kept, and not gone on from
-    assert meter.state.guess is None
+    record = measure(meter := tested(repeat_errors={"train": 0.03}), step=step)
+    assert record.noise == pytest.approx(math.hypot(0.02, 0.03), rel=1e-6)
+    assert "evaluating it again" in str(record.reason) and "more tokens" in str(record.reason)
+    assert meter.state.guesses == {}
+    narrow = Meter(Settings(tolerance=1e-4), state=tested().state)
+    record = measure(narrow, step=replace(STEP, noise=1e-3))
+    assert record.status == "noise_limited" and "wider tolerance" in str(record.reason)
+    assert record.critical_lr_lower is not None  # what was seen is kept
+
+
+def test_a_learning_rate_within_the_noise_is_not_where_the_search_starts() -> None:
+    step = replace(STEP, lr=1e-9, noise=1e-5, resolution=2e-3)
+    loss_at, calls = counted(quadratic)
+    record = tested().measure(step, loss_at)
+    assert calls[0] == 2e-3 and record.status == "found" and record.evaluations <= 6
+    assert record.critical_lr == pytest.approx(CRITICAL, rel=0.01)
+    # Nothing is compared with the slope below the resolution, and nothing read off there.
+    again = tested(slope_agrees=None)
+    again.measure(replace(step, resolution=CRITICAL / 10), loss_at)
+    assert again.state.slope_agrees is None
 
 
 def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
@@ -151,17 +260,17 @@ def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
 
     warnings: list[str] = []
     records = Records()
-    Meter(Settings(), sinks=[Full(), records], warn=warnings.append).measure(STEP, quadratic)
+    measure(Meter(Settings(), sinks=[Full(), records], warn=warnings.append))
     assert len(records) == 1
     assert len(warnings) == 1 and "no space left" in warnings[0]
 
 
 def test_state_goes_through_a_checkpoint() -> None:
     meter = Meter(Settings())
-    meter.measure(STEP, quadratic)
+    measure(meter)
     resumed = Meter(Settings())
     resumed.load_state_dict({**meter.state_dict(), "of a later version": 1})
-    one, other = meter.measure(STEP, quadratic), resumed.measure(STEP, quadratic)
+    one, other = measure(meter), measure(resumed)
     assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
     Meter(Settings()).load_state_dict({})  # a checkpoint without any
 
@@ -169,34 +278,6 @@ def test_state_goes_through_a_checkpoint() -> None:
 def test_due_counts_from_one() -> None:
     settings = Settings(every=3)
     assert [i for i in range(1, 10) if settings.due(i)] == [3, 6, 9]
-
-
-def test_a_part_of_the_batch_says_where_to_begin() -> None:
-    changes, parts = counted(lambda eta: 0.9 * (quadratic(eta) - START))
-    loss_at, calls = counted(quadratic)
-    meter = Meter(Settings(), state=MeterState(guess=CRITICAL / 2, replay_is_exact=True, noise=0.0))
-    record = meter.measure(STEP, loss_at, changes)
-    assert parts == [CRITICAL / 2]
-    assert calls[0] == pytest.approx(CRITICAL, rel=0.1)
-    assert record.status == "found" and record.evaluations == len(calls)
-
-
-@pytest.mark.parametrize("change", [math.nan, math.inf, -1e9])
-def test_a_part_that_says_nothing_leaves_the_guess(change: float) -> None:
-    loss_at, calls = counted(quadratic)
-    meter = Meter(Settings(), state=MeterState(guess=CRITICAL / 2, replay_is_exact=True, noise=0.0))
-    record = meter.measure(STEP, loss_at, lambda eta: change)
-    assert calls[0] == CRITICAL / 2 and record.status == "found"
-
-
-def test_an_estimate_states_its_error_and_is_where_the_next_search_begins() -> None:
-    meter = Meter(Settings(method="point"))
-    record = meter.measure(STEP, quadratic)
-    assert record.status == "estimated"
-    assert record.critical_lr_error is not None and 0 < record.critical_lr_error < 1 / 16
-    assert record.critical_lr == pytest.approx(CRITICAL, rel=2 * record.critical_lr_error)
-    assert record.critical_sharpness == 2 / record.critical_lr
-    assert meter.state.guess == record.critical_lr
 
 
 def others(
@@ -208,7 +289,7 @@ def others(
 def test_losses_on_other_data_have_records_of_their_own() -> None:
     records = Records()
     meter = Meter(Settings(), sinks=[records])
-    meter.measure(STEP, quadratic)
+    measure(meter)
     found = meter.measure_others(
         STEP,
         ["code", "steep"],
@@ -221,8 +302,7 @@ def test_losses_on_other_data_have_records_of_their_own() -> None:
     assert code.lr_over_critical == pytest.approx(0.09, rel=1e-6)
     assert code.slope is None and code.update_norm == STEP.update_norm
     assert (steep.status, steep.critical_lr) == ("not_descent", None)
-    assert meter.state.guesses == {"code": code.critical_lr}
-    assert meter.state.guess == records[0].critical_lr
+    assert meter.state.guesses == {"train": records[0].critical_lr, "code": code.critical_lr}
     assert code.scalars().keys() == {
         "critical-sharpness/code", "critical-learning-rate/code",
         "learning-rate-over-critical/code",
@@ -230,16 +310,30 @@ def test_losses_on_other_data_have_records_of_their_own() -> None:
 
 
 def test_a_loss_on_other_data_that_falls_by_less_than_its_noise_is_noise_limited() -> None:
-    meter = Meter(Settings(), state=MeterState(noise=1e-3))
+    step = replace(STEP, noise=1e-3)  # of the weights, as the training gradient estimates it
     shallow = others({"code": lambda eta: 5.0 - 0.1 * eta + 0.5 * eta * eta})  # s·η_c = 0.02
     deep = others({"code": lambda eta: 5.0 - eta + 5.0 * eta * eta})  # s·η_c = 0.2
-    assert meter.measure_others(STEP, ["code"], shallow)["code"].status == "noise_limited"
-    assert meter.measure_others(STEP, ["code"], deep)["code"].status == "found"
+    limited = Meter(Settings()).measure_others(step, ["code"], shallow)["code"]
+    assert limited.status == "noise_limited" and limited.noise == pytest.approx(1e-3, rel=1e-4)
+    assert "16 bits" in str(limited.reason)
+    assert Meter(Settings()).measure_others(step, ["code"], deep)["code"].status == "found"
+
+
+def test_a_loss_on_other_data_that_does_not_repeat_fails_by_itself() -> None:
+    draws: Iterator[float] = itertools.cycle([0.0, 0.2, -0.1])
+    both = others(
+        {"drawn": lambda eta: 5.0 + next(draws), "code": lambda eta: 5.0 - eta + 5.0 * eta * eta}
+    )
+    meter = Meter(Settings())
+    found = meter.measure_others(STEP, ["drawn", "code"], both)
+    assert found["drawn"].status == "failed" and "does not repeat" in str(found["drawn"].reason)
+    assert found["code"].status == "found"
+    assert meter.state.repeat_errors == {"code": 0.0}
 
 
 def test_rounding_next_to_theta_is_no_descent() -> None:
     """The slope is 0, and what is left to fall is the rounding of the loss."""
-    meter = Meter(Settings(), state=MeterState(noise=1e-7))
+    meter = Meter(Settings())
     flat = others({"code": lambda eta: round(5.0 + 30 * eta * eta, 7)})
     assert meter.measure_others(STEP, ["code"], flat)["code"].status == "noise_limited"
 
