@@ -179,13 +179,22 @@ class Meter:
         return {name: self._written(step, records[name]) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain numbers, for a checkpoint."""
-        return asdict(self.state)
+        """The state as plain numbers, for a checkpoint.
+
+        What is there by name is a list of pairs: ``torch.distributed.checkpoint`` reads of a
+        dictionary but the keys that it has already.
+        """
+        return {
+            key: [list(pair) for pair in value.items()] if isinstance(value, dict) else value
+            for key, value in asdict(self.state).items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; entries that this version does not know are ignored."""
         known = {entry.name for entry in fields(MeterState)}
-        self.state = MeterState(**{key: value for key, value in state.items() if key in known})
+        read: dict[str, Any] = {key: value for key, value in state.items() if key in known}
+        named = {key: dict(value) for key, value in read.items() if isinstance(value, list)}
+        self.state = MeterState(**{**read, **named})
 
     def _measured(self, step: Step, loss_at: LossAt) -> Measurement:
         record = _blank(step, TRAIN)

@@ -16,8 +16,10 @@ RANGE = 2.0**40
 #: In the first steps of a GPT of 124 M parameters s·η_c was 3500·L(θ); where it is not met by
 #: BEYOND·L(θ), the line leads to where the loss does not rise.
 FLOOR, OUTWARDS, BEYOND = 4.0, math.log(12), 1e6
-#: An ascent is believed where the loss is above at these parts of the first probe, too.
-ASCENT = (2.0**-6, 2.0**-12)
+#: An ascent is believed where the loss is above at these parts of the first probe, too; or where it
+#: rises there as STEEPly as farther out. One that falls at first and then rises as η^(1 + p) does so
+#: for p < 0.05 alone, and in the first steps of training p is 0.15.
+ASCENT, STEEP = (2.0**-6, 2.0**-12), 0.8
 
 
 class Certified(Strategy):
@@ -85,6 +87,10 @@ class Certified(Strategy):
         if not rises:
             return None
         smaller = [part * self.start for part in ASCENT if 0 < part * self.start < nearest]
+        if nearest in probes.above and (finite := probes.finite) and finite[0].lr == nearest:
+            near, far = probes.h(finite[0]), probes.h(finite[-1])
+            if STEEP * far <= near <= far / STEEP and nearest <= ASCENT[0] * finite[-1].lr:
+                return Ending("not_descent")
         if smaller and nearest not in probes.level:
             return smaller[0]
         unclear = probes.slope is None and nearest in probes.level

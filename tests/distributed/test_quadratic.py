@@ -17,7 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, Settings, Step
+from megatron_sharpness.meter import Meter, Step
+from megatron_sharpness.products import StepProducts
+from megatron_sharpness.settings import Settings
 from megatron_sharpness.update_line import Shard, UpdateLine
 
 EIGENVALUES = torch.tensor([0.5, 1.0, 3.0, 7.0, 20.0, 50.0], dtype=torch.float64)
@@ -58,18 +60,18 @@ def measure(rank: int, world: int, layout: str) -> Measurement:
     line.end()
     after = model.clone()
 
-    products = torch.zeros(3, dtype=torch.float64)
+    products = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
     line.products([gradient], products)
     dist.all_reduce(products)
 
-    def loss_at(eta: float) -> float:
+    def loss_at(eta: float) -> tuple[float, int]:
         line.move(eta / LR)
-        return loss()
+        return loss(), 1
 
     record = Meter(Settings(tolerance=1e-3)).measure(
         Step(
             iteration=1, consumed_samples=1, lr=LR, training_loss=before,
-            slope=float(products[0]) / LR, update_norm=math.sqrt(products[1]) / LR, tokens=1,
+            slope=float(products[0]) / LR, update_norm=math.sqrt(products[1]) / LR,
         ),
         loss_at,
     )  # fmt: skip

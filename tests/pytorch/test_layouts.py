@@ -54,24 +54,27 @@ def ranks(
     started.stop()
 
 
-def check_training(found: dict[str, Any]) -> None:
+def check_training(layout: Layout, found: dict[str, Any]) -> None:
     assert found["on"] == found["off"]
     assert [record["status"] for record in found["records"]] == ["found", "found"]
     others = {"found", "not_descent"}  # what an update does to other data
+    if layout.computes_in_low_precision:
+        others.add("noise_limited")
     assert {record["status"] for record in found["others"]} <= others
 
 
 def check_number(layout: Layout, found: dict[str, Any]) -> None:
     record, reference = found["record"], found["reference"]
     low = layout.computes_in_low_precision
-    # In fp32 the fp64 reference is met to rounding. In bf16 and fp16 the loss has noise, which
-    # moves the root by noise/(s·η_c); 0.3 % is the most that was seen.
+    # In fp32 the fp64 reference is met to rounding. In bf16 and fp16 the bracket is as wide as by
+    # default, and the loss has noise, which moves the root: as far as the record says.
     precision = {
         "loss": 5e-4 if low else 1e-6,
         "slope": 5e-3 if low else 1e-6,
         "update_norm": 1e-6,
-        "critical_lr": 5e-3 if low else 1e-5,
+        "critical_lr": 2 * record["critical_lr_error"] if low else 1e-5,
     }
+    assert record["critical_lr_error"] < (2e-2 if low else 1e-3)
     if layout.options.get("method") == "bisection":
         precision["critical_lr"] = 1e-3  # the middle of its bracket
     for name, rel in precision.items():
@@ -85,11 +88,12 @@ def check_number(layout: Layout, found: dict[str, Any]) -> None:
 
 def check_relative(layout: Layout, other: dict[str, Any], critical_lr: float) -> None:
     """The same number of other data, whose noise is that of the loss too."""
-    if critical_lr == 0.0:
+    low = layout.computes_in_low_precision
+    if critical_lr == 0.0 or (low and other["status"] == "noise_limited"):
         assert other["status"] in ("not_descent", "noise_limited")
         return
     assert other["status"] == "found"
-    precision = 2e-2 if layout.computes_in_low_precision else 1e-5
+    precision = max(2e-2, 2 * other["critical_lr_error"]) if low else 1e-5
     if layout.options.get("method") == "bisection":
         precision = 1e-3
     assert other["critical_lr"] == pytest.approx(critical_lr, rel=precision)
@@ -98,15 +102,16 @@ def check_relative(layout: Layout, other: dict[str, Any], critical_lr: float) ->
 @pytest.mark.parametrize("name", SINGLE)
 def test_on_one_process(name: str) -> None:
     found = compare(SINGLE[name])
-    check_training(found)
+    check_training(SINGLE[name], found)
     check_number(SINGLE[name], found)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_on_several_processes(name: str, ranks: Ranks) -> None:
     results = ranks.wait(name)
-    check_number(DISTRIBUTED[name], results[0])
+    layout = DISTRIBUTED[name]
+    check_number(layout, results[0])
     for found in results:
-        check_training(found)
+        check_training(layout, found)
         for name in ("record", "other"):
             assert found[name] | {"seconds": 0} == results[0][name] | {"seconds": 0}

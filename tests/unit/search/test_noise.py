@@ -103,6 +103,17 @@ def test_a_loss_on_other_data_that_does_not_fall_is_said_to_be_so(method: str) -
     assert results["flat"].status == "noise_limited"
 
 
+def test_an_ascent_that_is_seen_above_the_noise_is_one() -> None:
+    rng = random.Random(0)
+    results = find_critical_lrs(
+        lambda eta, names: {name: 5.0 + 0.3 * eta + rng.gauss(0, 1e-5) for name in names},
+        losses={"rises": 5.0},
+        guesses={"rises": 0.1},
+        noises={"rises": 1e-5},
+    )
+    assert results["rises"].status == "not_descent" and results["rises"].evaluations == 3
+
+
 def test_an_ascent_within_noise_is_one_where_the_slope_says_so() -> None:
     rng = random.Random(0)
 
