@@ -33,8 +33,8 @@ def estimate_directional_sharpness(
     probe with the smallest η whose curvature term, the numerator's bracket, is CURVES_OUT times the
     noise; the error is O(η), so that a probe at η ≪ η_c estimates better than one near η_c. Where
     L(θ) - L(θ - ηΔθ) ≈ sη(1 - (η/η_c)^p) at η_c with p < 1/4, as in the first steps of training,
-    the loss is far from quadratic: what a probe gives depends on where it was made, by orders of
-    magnitude, and none is used.
+    the loss is far from quadratic, and what a probe gives depends on where it was made, by orders
+    of magnitude: there the nearest to η_c is used, at whose scale λ_c is a curvature too.
 
     Args:
         loss: L(θ), in nat.
@@ -45,16 +45,16 @@ def estimate_directional_sharpness(
         resolution: η below which rounded weights do not follow the line.
 
     Returns:
-        λ_dir in 1/η, or None if the slope is unknown or ≤ 0, no probe stands out so far, or the
-        loss is far from quadratic.
+        λ_dir in 1/η, or None if the slope is unknown or ≤ 0 or no probe stands out so far.
     """
     if slope is None or not 0 < slope < math.inf:
         return None
-    made = Probes(loss, slope, noise, list(probes))
-    if critical_lr is not None and _power(made, slope, critical_lr) < NEARLY_QUADRATIC:
-        return None
-    for probe in made.finite:
-        rise = made.change(probe) + slope * probe.lr
+    line = Probes(loss, slope, noise, list(probes))
+    chosen = line.finite
+    if critical_lr is not None and _power(line, slope, critical_lr) < NEARLY_QUADRATIC:
+        chosen.sort(key=lambda probe: abs(math.log(probe.lr / critical_lr)))
+    for probe in chosen:
+        rise = line.change(probe) + slope * probe.lr
         sharpness = 2 * rise / slope / probe.lr / probe.lr
         seen = probe.lr >= resolution and rise and abs(rise) >= CURVES_OUT * noise
         if seen and math.isfinite(sharpness):

@@ -17,7 +17,7 @@ RANGE = 2.0**40
 #: BEYOND·L(θ), the line leads to where the loss does not rise.
 FLOOR, OUTWARDS, BEYOND = 4.0, math.log(12), 1e6
 #: An ascent is believed where the loss is above at these parts of the first probe, too; or where it
-#: rises there as STEEPly as farther out. One that falls at first and then rises as η^(1 + p) does so
+#: rises there as STEEPly as farther out. One that falls first and rises as η^(1 + p) later does so
 #: for p < 0.05 alone, and in the first steps of training p is 0.15.
 ASCENT, STEEP = (2.0**-6, 2.0**-12), 0.8
 

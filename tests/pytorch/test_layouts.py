@@ -83,6 +83,10 @@ def check_number(layout: Layout, found: dict[str, Any]) -> None:
         lower, upper = record["critical_lr_lower"], record["critical_lr_upper"]
         assert lower <= reference["critical_lr"] < upper
     assert record["tokens"] == found["tokens"]
+    if layout.options.get("mode") == "eval":
+        assert record["replay_error"] is None
+    else:  # the loss that is replayed is the one that was trained on
+        assert record["replay_error"] <= 2e-6
     check_relative(layout, found["other"], reference["relative_critical_lr"])
 
 

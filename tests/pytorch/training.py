@@ -81,6 +81,7 @@ def train(
             called, optimizers, every, losses={"other": other}, **layout.options
         )
     losses, records, others, weights = [], [], [], []
+    trained: tuple[Tensor, int] = (torch.zeros(()), 0)
     for step in range(steps):
         if keep_weights:
             weights.append(whole_weights(model))
@@ -102,14 +103,17 @@ def train(
             return torch.stack([loss for loss, _ in pairs]).sum(), sum(int(n) for _, n in pairs)
 
         def backward() -> Tensor:
-            summed = torch.zeros((), device=DEVICE)
+            nonlocal trained
+            summed, count = torch.zeros((), device=DEVICE), 0
             for batch in batches:  # noqa: B023
                 torch.rand(1)  # as a loop does that augments its data
                 with layout.forward():
-                    loss, _ = loss_sum(called, batch)
+                    loss, tokens = loss_sum(called, batch)
+                count += int(tokens)
                 # Gradients are averaged over the data-parallel ranks.
                 scaler.scale(loss * data_size / total).backward()  # type: ignore[no-untyped-call]  # noqa: B023
                 summed += loss.detach()
+            trained = (torch.zeros(()), 0) if wrapped.repeats else (summed, count)
             return summed
 
         norm = None
@@ -132,7 +136,7 @@ def train(
             schedule.step()
         if sharpness is not None:
             given = evaluate if disturb is None or step else disturb(model, evaluate)
-            record = sharpness.after_step(step, given, grad_norm=norm)
+            record = sharpness.after_step(step, given, loss=trained, grad_norm=norm)
             if record is not None:
                 records.append(dataclasses.asdict(record))
                 others.append(dataclasses.asdict(sharpness.records["other"]))
