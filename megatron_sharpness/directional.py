@@ -10,8 +10,9 @@ from megatron_sharpness.search import Probe, Probes
 #: A curvature is read off a loss that it changes by so many times the noise.
 CURVES_OUT = 16.0
 
-#: A loss is as good as quadratic up to η_c where it has this power there at least; 1 is quadratic.
-NEARLY_QUADRATIC = 0.25
+#: A quadratic loss that falls no lower than to 0 has s·η_c ≤ 4·L(θ). Where it is more than this, as
+#: in the first steps of training a large model, the loss is no quadratic by any means.
+FAR = 32.0
 
 
 def estimate_directional_sharpness(
@@ -32,9 +33,9 @@ def estimate_directional_sharpness(
     exact where the loss is quadratic, and there equal to λ_c (Result 2.1). Used is the finite
     probe with the smallest η whose curvature term, the numerator's bracket, is CURVES_OUT times the
     noise; the error is O(η), so that a probe at η ≪ η_c estimates better than one near η_c. Where
-    L(θ) - L(θ - ηΔθ) ≈ sη(1 - (η/η_c)^p) at η_c with p < 1/4, as in the first steps of training,
-    the loss is far from quadratic, and what a probe gives depends on where it was made, by orders
-    of magnitude: there the nearest to η_c is used, at whose scale λ_c is a curvature too.
+    s·η_c > 32·L(θ), what a probe gives depends on where it was made, by orders of magnitude (seen:
+    from 10^5 to 10 along one line): there the nearest to η_c is used, at whose scale λ_c is a
+    curvature too.
 
     Args:
         loss: L(θ), in nat.
@@ -51,7 +52,7 @@ def estimate_directional_sharpness(
         return None
     line = Probes(loss, slope, noise, list(probes))
     chosen = line.finite
-    if critical_lr is not None and _power(line, slope, critical_lr) < NEARLY_QUADRATIC:
+    if critical_lr is not None and line.promised(critical_lr) > FAR:
         chosen.sort(key=lambda probe: abs(math.log(probe.lr / critical_lr)))
     for probe in chosen:
         rise = line.change(probe) + slope * probe.lr
@@ -60,11 +61,3 @@ def estimate_directional_sharpness(
         if seen and math.isfinite(sharpness):
             return sharpness
     return None
-
-
-def _power(probes: Probes, slope: float, critical_lr: float) -> float:
-    """p by the probe that is nearest to η_c and apart from it."""
-    x = math.log(critical_lr)
-    points = [probes.point(probe, slope) for probe in probes.finite]
-    apart = [(abs(p[0] - x), p[1] / (p[0] - x)) for p in points if p and abs(p[0] - x) > 0.01]
-    return min(apart, default=(0.0, 1.0))[1]

@@ -116,20 +116,6 @@ def non_repeating_loss() -> None:
     step.reduce_losses = noisy
 
 
-def part_at_the_start_is_what_was_trained_on() -> None:
-    """No fault: fails where the loss over the first micro-batches does not repeat at θ_t."""
-    from megatron_sharpness.meter import Meter
-
-    measure = Meter.measure
-
-    def checked(meter: Any, step: Any, loss_at: Any, change_at: Any = None) -> Any:
-        assert change_at is not None, "the search is not located on a part"
-        assert abs(change_at(0.0)) <= 2e-6 * step.training_loss, change_at(0.0)
-        return measure(meter, step, loss_at, change_at)
-
-    Meter.measure = checked
-
-
 def canonical() -> None:
     """No fault: weights that do not depend on the parallel layout."""
     from tests.megatron import canonical as weights

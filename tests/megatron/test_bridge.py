@@ -55,7 +55,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         2, {**BF16, **DISTRIBUTED, "model": {**BF16["model"], **TP, "sequence_parallel": True}},
     ),
     "vpp": (2, {"layers": 4, "model": VPP, **DISTRIBUTED}),
-    "located on a part": (1, {"settings": {"microbatches": 1}}),
 }  # fmt: skip
 
 STATUSES = {"fp16 with skipped steps": ["skipped_step", "found", "found"]}

@@ -92,6 +92,20 @@ def test_nan_losses_far_out_are_above(tmp_path: Path) -> None:
     assert {record["status"] for record in measured.records} <= {"found", "no_lower"}
 
 
+def test_a_router_that_would_iterate_for_ever_far_out_ends(tmp_path: Path) -> None:
+    """Megatron's Sinkhorn loop ends where it has converged, and at such weights it never has."""
+    flags = (
+        "--num-experts 4 --moe-router-load-balancing-type sinkhorn --moe-router-topk 1 "
+        "--disable-bias-linear --bf16"
+    )
+    plain = run(tmp_path / "plain", flags).expect_success()
+    measured = run(
+        tmp_path / "measured", f"{flags} --critical-sharpness-initial-guess 30", every=2
+    ).expect_success()
+    assert measured.hashes == plain.hashes
+    assert [record["status"] for record in measured.records] == ["found"] * 3
+
+
 def test_a_loss_that_does_not_repeat_is_reported(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", "").expect_success()
     noisy = run(

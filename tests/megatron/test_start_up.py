@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.arguments import (
-    add_arguments,
-    add_microbatches_argument,
-    check_microbatches,
-)
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.arguments import add_arguments
 from tests.megatron.harness import MODEL, ROOT, run
 
 #: Parses command lines with Megatron's own parser and validation, and prints what came of each.
@@ -73,12 +68,8 @@ REFUSED = {
         "--critical-sharpness-max-evaluations 0", "leave it out",
     ],
     f"{EVERY} 10 --critical-sharpness-method newton": ["newton", "certified"],
-    f"{EVERY} 10 --critical-sharpness-microbatches -1": [
-        "--critical-sharpness-microbatches -1", "positive", "give 0",
-    ],
-    f"{EVERY} 10 --critical-sharpness-microbatches 1 --critical-sharpness-mode eval": [
-        "--critical-sharpness-microbatches 1", "mode 'train'", "leave it out",
-    ],
+    f"{EVERY} 10 --critical-sharpness-method point": ["point", "certified"],
+    f"{EVERY} 10 --critical-sharpness-microbatches 1": ["--critical-sharpness-microbatches 1"],
     f"{EVERY} 10 --critical-sharpness-eval-data code=/no/such": [
         "--critical-sharpness-eval-data code=/no/such", "there is no /no/such.bin", "give",
     ],
@@ -122,18 +113,6 @@ def test_bad_input_is_refused_by_name(
         assert part in outcome, outcome
 
 
-def test_a_part_that_the_interleaved_schedule_cannot_run_is_refused() -> None:
-    args = argparse.Namespace(
-        critical_sharpness_microbatches=6, critical_sharpness_mode="train",
-        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2,
-        microbatch_group_size_per_vp_stage=4,
-    )  # fmt: skip
-    with pytest.raises(InputError, match=r"--critical-sharpness-microbatches 6: .*multiple of 4"):
-        check_microbatches(args)
-    args.critical_sharpness_microbatches = 8
-    check_microbatches(args)
-
-
 def test_off_hooks_and_imports_nothing(seen: dict[str, tuple[str, bool, bool]]) -> None:
     assert seen[""] == ("accepted", False, False)
     assert seen[f"{EVERY} 0"] == ("accepted", False, False)
@@ -141,11 +120,11 @@ def test_off_hooks_and_imports_nothing(seen: dict[str, tuple[str, bool, bool]]) 
 
 
 def test_help_has_the_group() -> None:
-    parser = add_microbatches_argument(add_arguments(argparse.ArgumentParser()))
+    parser = add_arguments(argparse.ArgumentParser())
     text = parser.format_help()
     assert "critical sharpness:" in text
     for flag in ("every", "method", "tolerance", "initial-guess", "max-evaluations", "mode",
-                 "offload", "log", "on-error", "microbatches"):  # fmt: skip
+                 "offload", "log", "on-error"):  # fmt: skip
         assert f"critical-sharpness-{flag}" in text
 
 

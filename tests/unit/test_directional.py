@@ -35,15 +35,14 @@ def test_takes_the_nearest_probe_that_stands_out_from_the_noise() -> None:
     assert blind == pytest.approx(12 - 0.2 * 4, rel=1e-6)
 
 
-@pytest.mark.parametrize("power", [1.0, 0.5, 0.15])
+@pytest.mark.parametrize(("loss", "used"), [(6.0, 1e-4), (1e-3, 0.22)])
 def test_far_from_quadratic_it_is_of_the_probe_at_the_scale_of_the_critical_rate(
-    power: float,
+    loss: float, used: float
 ) -> None:
-    """y = (η/η_c)^p: 2y/η is 10 wherever p is 1, and from 10 to 6000 here where p is 0.15."""
-    probes = [Probe(eta, 6 + eta * ((eta / 0.2) ** power - 1)) for eta in (1e-4, 0.17, 0.22)]
-    estimate = estimate_directional_sharpness(6.0, 1.0, probes, critical_lr=0.2)
-    used = 1e-4 if power > 0.25 else 0.22
-    assert estimate == pytest.approx(2 * (used / 0.2) ** power / used, rel=1e-6)
+    """y = (η/η_c)^0.15: 2y/η is 9.2 to 6400 at these probes, beside λ_c = 10."""
+    probes = [Probe(eta, loss + eta * ((eta / 0.2) ** 0.15 - 1)) for eta in (1e-4, 0.17, 0.22)]
+    estimate = estimate_directional_sharpness(loss, 1.0, probes, critical_lr=0.2)
+    assert estimate == pytest.approx(2 * (used / 0.2) ** 0.15 / used, rel=1e-6)
 
 
 @pytest.mark.parametrize("slope", [None, 0.0, -1.0, math.nan, math.inf])
