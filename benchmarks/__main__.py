@@ -23,6 +23,7 @@ NAMES = (
     "memory",
     "growth",
     "passes",
+    "precision",
 )
 
 

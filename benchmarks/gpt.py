@@ -71,7 +71,7 @@ class Training:
         corpus = "\n".join(pydoc_data.topics.topics.values()).encode()
         self._data = torch.frombuffer(bytearray(corpus), dtype=torch.uint8).long()
         rank = dist.get_rank() if dist.is_initialized() else 0
-        self._generator = torch.Generator().manual_seed(rank)
+        self.generator = torch.Generator().manual_seed(rank)
         self.batches: list[Tensor] = []
 
     def step(self) -> None:
@@ -86,7 +86,7 @@ class Training:
         starts = torch.randint(
             len(self._data) - size.sequence - 1,
             (size.micro_batches, size.batch, 1),
-            generator=self._generator,
+            generator=self.generator,
         )
         text = self._data[starts + torch.arange(size.sequence + 1)]
         self.batches = list(text.to(DEVICE))

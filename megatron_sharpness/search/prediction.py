@@ -17,6 +17,8 @@ TYPICAL_FALL = 0.05
 LEAST_POWER, HALF_AT = 0.3, 0.2
 #: A secant of two probes may correct p by this factor.
 MOST_CORRECTED = 5.0
+#: Where the loss has not bent yet, y is taken to be this much at least.
+UNBENT = 1 / 32
 #: Where the slope promises a fall of this part of L(θ) it says little of what lies farther out.
 PROMISED = 0.25
 
@@ -30,6 +32,11 @@ def predict(probes: Probes) -> float | None:
     if lower and upper and probes.promised(lower.lr) > PROMISED:
         return _beyond(probes, lower, upper)
     deviations = {p: d for p in probes.finite if (d := _deviation(probes, p, slope)) is not None}
+    if not deviations and probes.finite:
+        # Next to θ y is 0 to within the noise: η_c is taken to be as near as that leaves open.
+        farthest = probes.finite[-1]
+        unsure = probes.margin / farthest.lr / slope
+        deviations[farthest] = math.log(min(max(unsure, UNBENT), 1.0))
     ends = [probe for probe in (lower, upper) if probe in deviations]
     best = sorted(ends if len(ends) == 2 else deviations, key=lambda p: abs(deviations[p]))[:2]
     if not best:
@@ -42,8 +49,9 @@ def predict(probes: Probes) -> float | None:
 
 
 def _deviation(probes: Probes, probe: Probe, slope: float) -> float | None:
-    """ln(η/η_c) as one probe predicts it, None where it contradicts the slope."""
-    if (point := probes.point(probe, slope)) is None:
+    """ln(η/η_c) as one probe predicts it, None where it does not to within the noise."""
+    point = probes.point(probe, slope)
+    if point is None or point[1] < math.log(probes.margin / probe.lr / slope or math.ulp(0.0)):
         return None
     fall = min(probes.promised(probe.lr) * math.exp(-point[1] / 2) / HALF_AT, 1e9)
     return point[1] / (LEAST_POWER + (1 - LEAST_POWER) / (1 + fall**2))

@@ -93,12 +93,6 @@ class Probes:
         return (self.descent or 0.0) * eta / scale
 
     def point(self, probe: Probe, slope: float) -> tuple[float, float] | None:
-        """(ln η, ln y), y = 1 + h(η)/s, which is η/η_c on a quadratic loss; None if there is none.
-
-        Next to θ y is 0 to within the noise, and is taken to be as large as that leaves open.
-        """
-        unsure = self.margin / probe.lr / slope if slope else math.inf
+        """(ln η, ln y) with y = 1 + h(η)/s, η/η_c on a quadratic loss; None if there is none."""
         y = 1 + self.h(probe) / slope if slope else 0.0
-        if not (y > -unsure and 0 < (y := max(y, unsure)) < math.inf):
-            return None
-        return math.log(probe.lr), math.log(y)
+        return (math.log(probe.lr), math.log(y)) if 0 < y < math.inf else None

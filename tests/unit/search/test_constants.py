@@ -11,8 +11,8 @@ from megatron_sharpness.search import certified, find_critical_lr, prediction
 
 FITTED = [
     (prediction, "TYPICAL_FALL"), (prediction, "LEAST_POWER"), (prediction, "HALF_AT"),
-    (prediction, "MOST_CORRECTED"), (prediction, "PROMISED"), (certified, "NEARLY"),
-    (certified, "PAST"), (certified, "OUTWARDS"),
+    (prediction, "MOST_CORRECTED"), (prediction, "PROMISED"), (prediction, "UNBENT"),
+    (certified, "NEARLY"), (certified, "PAST"), (certified, "OUTWARDS"),
 ]  # fmt: skip
 
 
