@@ -50,7 +50,7 @@ def estimate_directional_sharpness(
     """
     if slope is None or not 0 < slope < math.inf:
         return None
-    line = Probes(loss, slope, noise, list(probes))
+    line = Probes(loss, slope, noise, made=list(probes))
     chosen = line.finite
     if critical_lr is not None and line.promised(critical_lr) > FAR:
         chosen.sort(key=lambda probe: abs(math.log(probe.lr / critical_lr)))

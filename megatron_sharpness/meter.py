@@ -248,10 +248,11 @@ class Meter:
                 lambda eta, some: {name: loss for name, (loss, _) in losses_at(eta, some).items()},
                 losses=losses,
                 guesses={
-                    name: first_probe(self._guess(step, name), step.slope, noise, step.resolution)
+                    name: first_probe(self._guess(step, name), step.slope, noise)
                     for name, noise in noises.items()
                 },
                 noises=noises,
+                resolution=step.resolution,
                 tolerance=self.settings.tolerance,
                 method=self.settings.method,
                 max_evaluations=self.settings.max_evaluations,

@@ -28,7 +28,9 @@ NEXT_TO_LOSS, NEXT_TO_CRITICAL = 0.01, 1 / 16
 
 #: A fall is compared with the slope where it would be so many times the noise; it agrees with it
 #: within this factor. Auxiliary losses, which the gradient holds and L does not, stay within it.
-SEEN, AGREES = 10.0, 2.0
+#: A loss that bends soon was seen at half its slope: where a second look cannot be taken nearer to
+#: θ, one disagrees by this factor at least.
+SEEN, AGREES, DISAGREES = 10.0, 2.0, 4.0
 
 #: A loss that falls by no more than this part of what the slope says does not follow the weights.
 STILL = 0.01
@@ -112,9 +114,11 @@ def slope_ratio(
     there = [probe for probe in probes if nearest <= probe.lr <= farthest]
     probe = max(there, key=lambda p: p.lr) if there else Probe(farthest, loss_at(farthest))
     ratio = (loss - probe.loss) / (slope * probe.lr)
-    if not agrees(ratio) and nearest <= (nearer := probe.lr / 8):
-        ratio = (loss - loss_at(nearer)) / (slope * nearer)
-    return ratio
+    if agrees(ratio):
+        return ratio
+    if nearest <= (nearer := probe.lr / 8):
+        return (loss - loss_at(nearer)) / (slope * nearer)
+    return None if 1 / DISAGREES < ratio < DISAGREES else ratio
 
 
 def agrees(ratio: float) -> bool:

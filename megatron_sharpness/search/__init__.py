@@ -130,7 +130,9 @@ def find_critical_lr(
     """
     options = _checked(guess, noise, tolerance, method, max_evaluations)
     start = first_probe(guess, slope, noise, resolution)
-    search = _STRATEGIES[method](Probes(loss, slope, noise), start, *options, start == guess)
+    search = _STRATEGIES[method](
+        Probes(loss, slope, noise, resolution), start, *options, start == guess
+    )
     while not isinstance(eta := search.ask(), Ending):
         search.tell(eta, loss_at(eta))
     return _result(search, eta, method)
@@ -142,6 +144,7 @@ def find_critical_lrs(
     losses: Mapping[str, float],
     guesses: Mapping[str, float],
     noises: Mapping[str, float] | None = None,
+    resolution: float = 0.0,
     tolerance: float | None = None,
     method: Method = "certified",
     max_evaluations: int = 40,
@@ -161,7 +164,7 @@ def find_critical_lrs(
         losses: L(θ) by name, in nat.
         guesses: first η to evaluate, by name.
         noises: root-mean-square error of one loss by name, in nat; 0 where it is left out.
-        tolerance, method, max_evaluations: those of each search.
+        resolution, tolerance, method, max_evaluations: those of each search.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -170,8 +173,8 @@ def find_critical_lrs(
     for name, loss in losses.items():
         noise = (noises or {}).get(name, 0.0)
         options = _checked(guesses[name], noise, tolerance, method, max_evaluations)
-        probes = Probes(loss, None, noise)
-        searches[name] = _STRATEGIES[method](probes, guesses[name], *options, may_ascend=True)
+        probes, start = Probes(loss, None, noise, resolution), max(guesses[name], resolution)
+        searches[name] = _STRATEGIES[method](probes, start, *options, may_ascend=True)
     while True:
         asked = {name: search.ask() for name, search in searches.items()}
         wanted = {name: eta for name, eta in asked.items() if not isinstance(eta, Ending)}
@@ -186,7 +189,7 @@ def find_critical_lrs(
             searches[name].tell(eta, loss)
 
 
-def first_probe(guess: float, slope: float | None, noise: float, resolution: float) -> float:
+def first_probe(guess: float, slope: float | None, noise: float, resolution: float = 0.0) -> float:
     """The guess, or where the loss can be seen to follow the line, if that is farther."""
     visible = VISIBLE * noise / slope if slope is not None and 0 < slope < math.inf else 0.0
     return max(guess, resolution, visible if visible < math.inf else 0.0)

@@ -27,6 +27,7 @@ class Probes:
         loss: L(θ).
         slope: s = ⟨g, Δθ⟩, None where it is not known.
         noise: root-mean-square error of one loss.
+        resolution: η below which rounded weights do not follow the line.
         made: every probe, in order.
         above, below, level: where the loss is so. Without noise one equal to L(θ) is not raised,
             and so below.
@@ -35,6 +36,7 @@ class Probes:
     loss: float
     slope: float | None = None
     noise: float = 0.0
+    resolution: float = 0.0
     made: list[Probe] = field(default_factory=list)
     above: list[float] = field(default_factory=list)
     below: list[float] = field(default_factory=list)

@@ -162,7 +162,7 @@ def test_a_slope_of_another_loss_is_left_out_where_the_loss_is_known_to_be_right
     for _ in range(2):
         record = measure(meter, step=replace(STEP, slope=factor * SLOPE))
         assert record.status == "found"
-        assert record.critical_lr == pytest.approx(CRITICAL, rel=0.02)
+        assert record.critical_lr == pytest.approx(CRITICAL, rel=0.03)
         assert record.slope is None and record.directional_sharpness is None
     assert len(warnings) == 1 and "clipped" in warnings[0]
     # In evaluation mode the slope is that of training, and nobody need be told.

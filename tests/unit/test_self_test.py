@@ -90,6 +90,14 @@ def test_a_loss_that_bends_soon_agrees_at_the_second_try() -> None:
     assert agrees(slope_ratio(3.0, 2.0, 1e-6, (), 0.1, loss_at) or 0.0)
 
 
+@pytest.mark.parametrize(("factor", "told"), [(0.1, True), (0.45, False)])
+def test_without_a_second_look_it_takes_more_to_disagree(factor: float, told: bool) -> None:
+    def loss_at(eta: float) -> float:
+        return 3.0 + factor * (line(eta) - 3.0)
+
+    assert (slope_ratio(3.0, 2.0, 0.005, (), 0.1, loss_at) is not None) == told
+
+
 def test_nothing_is_said_where_nothing_can_be_seen() -> None:
     def never(eta: float) -> float:
         raise AssertionError
