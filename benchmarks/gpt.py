@@ -73,6 +73,8 @@ class Training:
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.generator = torch.Generator().manual_seed(rank)
         self.batches: list[Tensor] = []
+        #: Sum of losses and tokens of the step, as :meth:`backward` has computed them.
+        self.trained: tuple[Tensor, int] = (torch.zeros(()), 0)
 
     def step(self) -> None:
         """One optimizer step on the next micro-batches."""
@@ -90,9 +92,13 @@ class Training:
         )
         text = self._data[starts + torch.arange(size.sequence + 1)]
         self.batches = list(text.to(DEVICE))
+        losses = []
         for batch in self.batches:
-            loss = self._loss(batch) / size.micro_batches
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(batch)
+            (loss / size.micro_batches).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        tokens = size.micro_batches * size.batch * size.sequence
+        self.trained = torch.stack(losses).mean() * tokens, tokens
 
     def evaluate(self) -> tuple[Tensor, int]:
         """The sum of losses over the step's micro-batches, forward only, and their tokens."""

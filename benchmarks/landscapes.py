@@ -45,15 +45,14 @@ class Setting:
 class Landscape:
     """The line θ - ηΔθ at one step.
 
-    `loss_at(eta, share)` is one forward pass over that share of the step's sequences, its first
-    ones, all by default. It is valid during the step.
+    `loss_at` is one forward pass over the step's sequences. It is valid during the step.
     """
 
     step: int
     lr: float
     loss: float
     slope: float
-    loss_at: Callable[..., float]
+    loss_at: Callable[[float], float]
 
 
 class Block(nn.Module):
@@ -133,14 +132,13 @@ def landscapes(setting: Setting) -> Iterator[Landscape]:
         @torch.no_grad()
         def loss_at(
             eta: float,
-            share: float = 1.0,
             before: list[Tensor] = before,
             update: list[Tensor] = update,
             text: Tensor = text,
         ) -> float:
             for parameter, origin, direction in zip(parameters, before, update, strict=True):
                 parameter.copy_(origin - eta * direction)
-            return float(model(text[: math.ceil(share * len(text))]))
+            return float(model(text))
 
         yield Landscape(step, lr, loss.item(), slope, loss_at)
         with torch.no_grad():
