@@ -247,6 +247,21 @@ class Runs:
         return result
 
 
+class TrainerThatAddsToTheLoss(Trainer):
+    """What is differentiated is more than the model's own loss."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"] + 0.01 * outputs.logits.float().logsumexp(-1).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
 def refusals(runs: Runs) -> list[str]:
     reasons = []
     args = TrainingArguments(str(runs.folder), use_cpu=True, report_to="none")
@@ -285,6 +300,9 @@ def alone(folder: Path) -> dict[str, Any]:
         "averages off": runs("averages off", **averages),
         "averages on": runs("averages on", **averages, every=2),
         "ended armed": runs("ended armed", every=3),
+        "wrong": runs("wrong", every=4, trainer_class=TrainerThatAddsToTheLoss),
+        "wrong off": runs("wrong off", trainer_class=TrainerThatAddsToTheLoss),
+        "bf16": runs("bf16", every=4, bf16=True),
         "saved off": runs("saved off", **saving),
         "saved": runs("saved", **saving, every=2),
     }

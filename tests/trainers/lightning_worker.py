@@ -7,6 +7,7 @@ Started by ``test_lightning.py``, one process a rank:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -76,18 +77,25 @@ class Module(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.current_epoch)  # Lightning's checkpoints hold no random states
 
+    def sum_and_tokens(self, batch: Any) -> tuple[Tensor, int]:
+        return loss_sum(self.model, batch[0]), batch[0][:, 1:].numel()
+
     def training_step(self, batch: Any, _: int) -> Tensor:
-        (tokens,) = batch
-        loss = loss_sum(self.model, tokens) / tokens[:, 1:].numel()
-        self.log("train_loss", loss)
-        return loss
+        loss, tokens = self.sum_and_tokens(batch)
+        self.log("train_loss", loss / tokens)
+        return loss / tokens
 
     def validation_step(self, batch: Any, _: int) -> None:
         self.log("val_loss", loss_sum(self.model, batch[0]))
 
 
-def loss_sum_and_tokens(module: Module, batch: Any) -> tuple[Tensor, int]:
-    return loss_sum(module.model, batch[0]), batch[0][:, 1:].numel()
+class Ragged(Module):
+    """Batches of different lengths, whose means count alike in training."""
+
+    def sum_and_tokens(self, batch: Any) -> tuple[Tensor, int]:
+        (tokens,) = batch
+        length = 5 + int(tokens[0, 0]) % (LENGTH - 4)
+        return super().sum_and_tokens((tokens[:, :length],))
 
 
 class Records(list[Measurement]):
@@ -200,6 +208,8 @@ class Runs:
         witness: bool = False,
         resume: Path | None = None,
         checkpoint: bool = False,
+        module: type[Module] = Module,
+        evaluate: Any = None,
         **arguments: Any,
     ) -> dict[str, Any]:
         output = self.folder / name
@@ -208,7 +218,9 @@ class Runs:
         callbacks: list[pl.Callback] = [seen] if witness else []
         if every:
             callbacks.append(
-                CriticalSharpnessCallback(loss_sum_and_tokens, every=every, sinks=[records])
+                CriticalSharpnessCallback(
+                    evaluate or module.sum_and_tokens, every=every, sinks=[records]
+                )
             )
         if checkpoint:
             callbacks.append(
@@ -237,18 +249,18 @@ class Runs:
                 **arguments,
             }
         )
-        module = Module()
+        trained = module()
         training, validation = (
             # A loader draws a number each time it starts, and a resumed run starts it once less.
             DataLoader(self.data, batch_size=size, generator=torch.Generator())
             for size in (4, 8)
         )
-        trainer.fit(module, training, validation, ckpt_path=resume)
+        trainer.fit(trained, training, validation, ckpt_path=resume)
         result: dict[str, Any] = {
-            "digest": digest(trainer, module),
+            "digest": digest(trainer, trained),
             "records": [dataclasses.asdict(record) for record in records],
             "output": str(output),
-            "hooks": hooks(module, trainer.optimizers[0]),
+            "hooks": hooks(trained, trainer.optimizers[0]),
         }
         if witness:
             gathered = [result["records"]]
@@ -281,7 +293,7 @@ def refusals(runs: Runs) -> list[str]:
             devices=1,
             logger=False,
             enable_checkpointing=False,
-            callbacks=[CriticalSharpnessCallback(loss_sum_and_tokens)],
+            callbacks=[CriticalSharpnessCallback(Module.sum_and_tokens)],
             **arguments,
         )
         try:
@@ -289,6 +301,31 @@ def refusals(runs: Runs) -> list[str]:
         except InputError as error:
             reasons.append(str(error))
     return reasons
+
+
+def mean_and_tokens(module: Module, batch: Any) -> tuple[Tensor, int]:
+    """The mean where the sum belongs."""
+    loss, tokens = module.sum_and_tokens(batch)
+    return loss / tokens, tokens
+
+
+def smoothed_sum_and_tokens(module: Module, batch: Any) -> tuple[Tensor, int]:
+    """Another loss than training_step's."""
+    logits, targets = module.model(batch[0][:, :-1]).float(), batch[0][:, 1:]
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=0.1
+    )
+    return loss, targets.numel()
+
+
+class OtherBatches:
+    """Another batch at each call."""
+
+    def __init__(self, data: Any) -> None:
+        self.batches = itertools.cycle(DataLoader(data, batch_size=4))
+
+    def __call__(self, module: Module, _: Any) -> tuple[Tensor, int]:
+        return module.sum_and_tokens(next(self.batches))
 
 
 def without_and_with(runs: Runs) -> dict[str, Any]:
@@ -300,6 +337,11 @@ def alone(folder: Path) -> dict[str, Any]:
     return without_and_with(runs) | {
         "refusals": refusals(runs),
         "ended armed": runs("ended armed", every=3),
+        "ragged": runs("ragged", every=2, module=Ragged),
+        "ragged off": runs("ragged off", module=Ragged),
+        "mean": runs("mean", every=4, evaluate=mean_and_tokens),
+        "another loss": runs("another loss", every=4, evaluate=smoothed_sum_and_tokens),
+        "other batches": runs("other batches", every=4, evaluate=OtherBatches(runs.data)),
         "saved off": runs("saved off", checkpoint=True),
         "saved": runs("saved", checkpoint=True, every=2),
         "resumed": runs("resumed", every=2, resume=folder / "saved" / "epoch=0.ckpt"),

@@ -109,6 +109,25 @@ def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) ->
     check_resumed_without_state(alone[0]["single"], [6, 8])
 
 
+def test_a_trainer_that_differentiates_another_loss_is_told(alone: list[dict[str, Any]]) -> None:
+    runs = alone[0]["single"]
+    assert runs["wrong"]["digest"] == runs["wrong off"]["digest"]
+    for record in runs["wrong"]["records"]:
+        assert record["status"] == "failed" and record["critical_lr"] is None
+        assert "the step was trained on" in record["reason"]
+
+
+def test_the_noise_is_that_of_the_precision_inside_of_the_model(
+    alone: list[dict[str, Any]],
+) -> None:
+    """accelerate enters autocast in the model's own forward, where no hook around it sees it."""
+    runs = alone[0]["single"]
+    for rounded, exact in zip(runs["bf16"]["records"], runs["on"]["records"][1::2], strict=True):
+        assert rounded["status"] == "found"
+        assert rounded["noise"] > 1e-6 > exact["noise"]
+        assert rounded["replay_error"] <= 2e-6 * rounded["loss"]
+
+
 def test_losses_that_are_not_the_model_s_are_refused(alone: list[dict[str, Any]]) -> None:
     smoothing, function, mean = alone[0]["single"]["refusals"]
     assert "label_smoothing_factor" in smoothing and "in the model's forward" in smoothing

@@ -105,6 +105,34 @@ def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) ->
     check_resumed_without_state(alone[0]["single"], [6, 8])
 
 
+def test_batches_of_different_lengths_are_weighed_as_in_training(
+    alone: list[dict[str, Any]],
+) -> None:
+    runs = alone[0]["single"]
+    assert runs["ragged"]["digest"] == runs["ragged off"]["digest"]
+    assert len({record["tokens"] for record in runs["ragged"]["records"]}) > 1
+    for record in runs["ragged"]["records"]:
+        assert record["status"] == "found"
+        assert record["replay_error"] <= 2e-6 * record["loss"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("mean", "a mean where the sum"),
+        ("another loss", "another loss"),
+        ("other batches", "another batch at each call"),
+    ],
+)
+def test_a_wrong_loss_is_told(alone: list[dict[str, Any]], wrong: str, said: str) -> None:
+    runs = alone[0]["single"]
+    assert runs[wrong]["digest"] == runs["off"]["digest"]
+    assert len(runs[wrong]["records"]) == 2
+    for record in runs[wrong]["records"]:
+        assert record["status"] == "failed" and record["critical_lr"] is None
+        assert said in record["reason"]
+
+
 def test_what_cannot_be_measured_is_refused(alone: list[dict[str, Any]]) -> None:
     manual, value = alone[0]["single"]["refusals"]
     assert "automatic_optimization=False" in manual
