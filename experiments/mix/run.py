@@ -149,7 +149,9 @@ class Run:
         if self.sharpness.after_step(number, lambda: (loss(self.model, batch), 1)) is None:
             return {}
         found = {
-            name: relative_sharpness(record.status, record.critical_sharpness)
+            name: relative_sharpness(
+                record.status, record.critical_sharpness, record.critical_lr_lower
+            )
             for name, record in self.sharpness.records.items()
         }
         return {name: value for name, value in found.items() if value is not None}

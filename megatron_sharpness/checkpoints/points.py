@@ -55,7 +55,10 @@ def read_points(
         # A loss on other data that falls by no more than its noise has nothing to fall by; that of
         # the step's own batch falls, and how far cannot be told.
         seen = [r for r in found if batch != TRAIN or r["status"] != "noise_limited"]
-        values = [relative_sharpness(r["status"], r["critical_sharpness"]) for r in seen]
+        values = [
+            relative_sharpness(r["status"], r["critical_sharpness"], r.get("critical_lr_lower"))
+            for r in seen
+        ]
         points.append(
             Point(
                 checkpoint,

@@ -117,7 +117,9 @@ class AdaptiveMix:
         for sink in self._sinks:
             sink.write(ShareAt(iteration, consumed_samples, before))
         values = {
-            name: relative_sharpness(record.status, record.critical_sharpness)
+            name: relative_sharpness(
+                record.status, record.critical_sharpness, record.critical_lr_lower
+            )
             for name, record in records.items()
         }
         if not controller.observe({n: value for n, value in values.items() if value is not None}):

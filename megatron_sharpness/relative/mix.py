@@ -125,7 +125,7 @@ def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counte
                 continue
             endings[share][record["status"]] += 1
             batches.setdefault(record["iteration"], {})[record["batch"]] = relative_sharpness(
-                record["status"], record["critical_sharpness"]
+                record["status"], record["critical_sharpness"], record.get("critical_lr_lower")
             )
         whole = [batch for batch in batches.values() if None not in batch.values()]
         if not whole:

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: The loss rises at once, as far as its noise lets one tell, or never.
-_ENDINGS = {
-    "not_descent": math.inf,
-    "no_lower": math.inf,
-    "noise_limited": math.inf,
-    "no_upper": 0.0,
-}
+#: The loss rises at once, or never.
+_ENDINGS = {"not_descent": math.inf, "no_lower": math.inf, "no_upper": 0.0}
 
 
-def relative_sharpness(status: str, critical_sharpness: float | None) -> float | None:
-    """λ_c^{1→2} of a record, in [0, ∞]; None where it was not measured."""
+def relative_sharpness(
+    status: str, critical_sharpness: float | None, critical_lr_lower: float | None = None
+) -> float | None:
+    """λ_c^{1→2} of a record, in [0, ∞]; None where it was not measured.
+
+    A loss whose noise hides η_c, and that was never seen to fall, rises at once as far as that
+    lets one tell.
+    """
+    if status == "noise_limited" and critical_lr_lower is None:
+        return math.inf
     return _ENDINGS.get(status) if critical_sharpness is None else critical_sharpness
 
 

@@ -82,6 +82,7 @@ def check_number(layout: Layout, found: dict[str, Any]) -> None:
     if not low:
         lower, upper = record["critical_lr_lower"], record["critical_lr_upper"]
         assert lower <= reference["critical_lr"] < upper
+    assert (record["noise"] > 1e-5) == low, "the precision that the weights are read in"
     assert record["tokens"] == found["tokens"]
     if layout.options.get("mode") == "eval":
         assert record["replay_error"] is None
