@@ -69,7 +69,7 @@ def _beyond(probes: Probes, lower: Probe, upper: Probe) -> float | None:
 def _typical(probes: Probes, probe: Probe) -> float:
     """ln of the η_c that one probe has on a quadratic loss with the typical slope.
 
-    It stays between a half and twice the probe: the second one is to make a prediction.
+    It stays between a half and 1.6 times the probe: the second one is to make a prediction.
     """
     rise = probes.change(probe) / (TYPICAL_FALL * abs(probes.loss) or math.ulp(0.0))
-    return math.log(probe.lr) - math.log((1 + math.sqrt(1 + 4 * min(max(rise, -0.25), 2.0))) / 2)
+    return math.log(probe.lr) - math.log((1 + math.sqrt(1 + 4 * min(max(rise, -0.235), 2.0))) / 2)
