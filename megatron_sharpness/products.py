@@ -65,23 +65,33 @@ def product_sums(
 ) -> Tensor:
     """The fields of :class:`StepProducts` for some weights; fp64, shape [6].
 
+    Each is summed in the precision of the weights, pair by pair as PyTorch does: an error of 1e-7
+    for a million of them.
+
     Args:
         weights: θ_t, in fp32 or fp64.
         update: θ_t − θ_{t+1}.
         grad: g, or None where it is 0.
         read_in: the type in which the forward pass reads them.
     """
-    sums = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=weights.device)
-    sums[1] = _sum(update * update)
+    squared_update = (update * update).sum()
     if grad is None:
+        sums = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=weights.device)
+        sums[1] = squared_update
         return sums
-    sums[0] = _sum(grad * update)
-    sums[2] = _sum(grad * grad)
-    apart = grad.abs().mul_(spacing(weights, read_in))
-    sums[3] = _sum(apart * apart) / 12
-    sums[4] = _sum((weights - weights.to(read_in)).mul_(grad).square_())
-    sums[5] = _sum(apart.mul_(update != 0)) / 2
-    return sums
+    apart = spacing(weights, read_in).mul_(grad).abs_()
+    away = (weights - weights.to(read_in)).mul_(grad)
+    moved = update.sign().abs_()  # a tenth of the time of a comparison on a CPU
+    return torch.stack(
+        (
+            (grad * update).sum(),
+            squared_update,
+            (grad * grad).sum(),
+            (apart * apart).sum() / 12,
+            away.square_().sum(),
+            apart.mul_(moved).sum() / 2,
+        )
+    ).double()
 
 
 def spacing(weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,6 +112,3 @@ _EXPONENTS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
 
-
-def _sum(values: Tensor) -> Tensor:
-    return torch.sum(values, dtype=torch.float64)
