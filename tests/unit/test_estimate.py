@@ -132,12 +132,18 @@ def test_measured_measurements_are_predicted_within_a_fifth() -> None:
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("llama_7b", 64), ("llama_70b", 1024)])
-def test_every_100_costs_about_a_percent_on_many_gpus(name: str, gpus: int) -> None:
+def test_every_100_costs_less_than_a_percent_on_many_gpus(name: str, gpus: int) -> None:
     run = estimate.plan(flags_of(ROOT / "configs" / f"{name}.args"), gpus)
     forward = estimate.forward_seconds(run, estimate.TFLOPS)
-    cost = estimate.cost(run, forward, memory_bandwidth=2680e9, network_bandwidth=50e9, passes=3.5)
+    cost = estimate.cost(
+        run,
+        forward,
+        memory_bandwidth=2680e9,
+        network_bandwidth=50e9,
+        passes=estimate.PASSES,
+    )
     overhead = cost.overhead(100, estimate.iteration_seconds(run, forward))
-    assert 0.0116 < overhead < 0.014
+    assert estimate.PASSES / 300 < overhead < 0.01
     committed = MEASURED["predictions"][name]
     assert committed["gpus"] == gpus
     assert committed["overhead"]["100"] == pytest.approx(overhead)
