@@ -24,9 +24,9 @@ def interpolate(probes: Probes, near: Probe, far: Probe) -> tuple[float, float]:
     With y = 1 + h(η)/s, which is 1 at η_c and (η/η_c)^p for a loss of that power (p = 1 if it is
     quadratic), ln y is interpolated over ln η, by a line of slope p. Between its ends a and b the
     line is out by ½·|d²ln y/d(ln η)²|·ln(η_c/a)·ln(b/η_c), and ln η_c by 1/p of that; the curvature
-    is that of the nearest other probe, or else p(1 - p), and what is not seen of it as the constants
-    say. The noise adds √2·noise/(s·η_c·p), and weights that do not follow a line shorter than the
-    resolution, half a step of theirs.
+    is that of the nearest other probe, or else p(1 - p), and what is not seen of it is what the
+    constants say. The noise adds √2·noise/(s·η_c·p), and weights that do not follow a line shorter
+    than the resolution, half a step of theirs.
     """
     others = [probe for probe in probes.finite if probe not in (near, far)]
     # The slope that is known, or of a line through h at the two ends if they do not go with it.
