@@ -98,7 +98,10 @@ def test_critical_lr_is_the_reference_under_every_layout(
         expected.directional_sharpness, rel=1e-2
     )
     assert record["tokens"] == 8 * 32
-    assert relative["critical_lr"] == pytest.approx(expected.relative_critical_lr, rel=precision)
+    # Of another loss no slope is known, and η_c is read off the probes alone.
+    error = relative["critical_lr"] / expected.relative_critical_lr - 1
+    assert abs(error) <= max(precision, 5e-3)
+    assert abs(error) <= 2 * relative["critical_lr_error"] < 2 * tolerance
     assert relative["batch"] == "sums" and relative["slope"] is None
     assert relative["update_norm"] == record["update_norm"]
     assert 0 < relative["tokens"] < 8 * 20  # the answers alone
