@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -17,14 +16,15 @@ PASSES: list[Row] = load("passes")["results"]
 PRECISION: list[Row] = load("precision")["results"]
 
 AUTOCAST = "PyTorch, AdamW, autocast"
-#: In one batch the fp32 loss rises by 5e-5 close to θ, η = 1e-4, and falls again: it is the first
-#: crossing, and too low to be seen in 16 bits, which find the next one.
-BUMP = [
-    (AUTOCAST, "bf16", "train", 1e-8),  # with trained weights, and the same ones made fresh
-    (AUTOCAST, "bf16", "train", 1e-8),
-    (AUTOCAST, "fp16", "train", 1e-8),
-]
-EXPLAINED = Counter([*BUMP, MARGINAL])
+EXPLAINED = {
+    # In one batch the fp32 loss rises by 5e-5 close to θ, at η = 1e-4, and falls again: the first
+    # crossing is too low to be seen in 16 bits, which find the next one, a factor of 300 above.
+    (AUTOCAST, "bf16", "train", 1e-8): 2,  # with trained weights, and the same ones made fresh
+    (AUTOCAST, "fp16", "train", 1e-8): 1,
+    # A loss on other data that hardly falls, up to a fifteenth of the training loss's η_c, along
+    # lines that differ with the gradients: 16.7 % where 10 % and the two uncertainties are 16.5 %.
+    (AUTOCAST, "fp16", "code", 1e-3): 1,
+}
 
 
 def of(method: str, **cells: str) -> list[Row]:
@@ -65,11 +65,11 @@ def test_the_error_is_small_and_what_is_stated_of_it_true(group: str, method: st
         assert row["median_error_of_eta"] <= 0.004
         assert row["p95_error_of_eta"] <= 0.03
         assert row["within_twice_stated"] >= 0.9
-        assert row["median_stated"] <= 10 * row["median_error_of_eta"] or row["median_stated"] < 0.01
+        assert row["median_stated"] < max(0.01, 10 * row["median_error_of_eta"])
 
 
 def test_what_is_found_in_16_bits_is_what_fp32_finds() -> None:
-    """Off by no more than the stated uncertainty and 10 %, but for two that are understood."""
+    """Off by no more than the stated uncertainties and 10 %, but for what is explained."""
     found = [
         (row, exact)
         for row, exact in precision.compared(PRECISION)

@@ -46,7 +46,7 @@ def measure(
     return meter.measure(step, counted(function)[0])
 
 
-def tested(**state: object) -> Meter:
+def meter_past_its_test(**state: object) -> Meter:
     """A meter in a run whose first measurement is over."""
     known: dict[str, object] = {
         "replay_error": 0.0, "repeat_errors": {"train": 0.0}, "slope_agrees": True
@@ -227,15 +227,15 @@ def test_an_error_can_be_made_fatal_and_is_recorded_first() -> None:
 
 def test_the_noise_is_of_weights_kernels_and_fp32_and_each_has_its_remedy() -> None:
     step = replace(STEP, noise=0.02)  # a tenth of s·η_c = 0.2
-    record = measure(tested(), step=step)
+    record = measure(meter_past_its_test(), step=step)
     assert record.noise == pytest.approx(0.02, rel=1e-6)
     assert record.status == "noise_limited" and "16 bits" in str(record.reason)
     assert record.critical_sharpness is None and record.critical_lr is None
-    record = measure(meter := tested(repeat_errors={"train": 0.03}), step=step)
+    record = measure(meter := meter_past_its_test(repeat_errors={"train": 0.03}), step=step)
     assert record.noise == pytest.approx(math.hypot(0.02, 0.03), rel=1e-6)
     assert "evaluating it again" in str(record.reason) and "more tokens" in str(record.reason)
     assert meter.state.guesses == {}
-    narrow = Meter(Settings(tolerance=1e-4), state=tested().state)
+    narrow = Meter(Settings(tolerance=1e-4), state=meter_past_its_test().state)
     record = measure(narrow, step=replace(STEP, noise=1e-3))
     assert record.status == "noise_limited" and "wider tolerance" in str(record.reason)
     assert record.critical_lr_lower is not None  # what was seen is kept
@@ -244,11 +244,11 @@ def test_the_noise_is_of_weights_kernels_and_fp32_and_each_has_its_remedy() -> N
 def test_a_learning_rate_within_the_noise_is_not_where_the_search_starts() -> None:
     step = replace(STEP, lr=1e-9, noise=1e-5, resolution=2e-3)
     loss_at, calls = counted(quadratic)
-    record = tested().measure(step, loss_at)
+    record = meter_past_its_test().measure(step, loss_at)
     assert calls[0] == 2e-3 and record.status == "found" and record.evaluations <= 6
     assert record.critical_lr == pytest.approx(CRITICAL, rel=0.01)
     # Nothing is compared with the slope below the resolution, and nothing read off there.
-    again = tested(slope_agrees=None)
+    again = meter_past_its_test(slope_agrees=None)
     again.measure(replace(step, resolution=CRITICAL / 10), loss_at)
     assert again.state.slope_agrees is None
 

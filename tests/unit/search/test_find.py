@@ -309,6 +309,21 @@ class TestHostile:
             check(result, 1.0, TOLERANCES[method], 40)
             assert result.status == ("no_upper" if value == 0 else "no_lower")
 
+    @pytest.mark.parametrize("power", [0.05, 0.5, 1.0])
+    @pytest.mark.parametrize("guess", [1e-7, 1e-3, 1.0])
+    def test_no_probe_is_far_out(self, power: float, guess: float) -> None:
+        """At most where a quadratic loss ≥ 0 has crossed, or 12 times as far as the last one."""
+        made, loss, slope = [guess], 3.0, 0.3
+
+        def loss_at(eta: float) -> float:  # which bends so late that at first it seems not to
+            made.append(eta)
+            return loss - slope * eta * (1 - (eta / 100) ** power)
+
+        result = find_critical_lr(loss_at, loss=loss, guess=guess, slope=slope)
+        assert result.status == "found"
+        for n in range(1, len(made)):
+            assert made[n] <= 1.001 * max(4 * loss / slope, 12 * max(made[:n]))
+
     def test_worst_case_fits_the_default_evaluations(self) -> None:
         """An adversary that always leaves the larger part of the bracket, and misleads."""
         worst = 0

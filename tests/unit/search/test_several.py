@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -13,6 +14,10 @@ START = 3.0
 def quadratic(slope: float, critical: float) -> Callable[[float], float]:
     """Falls with the slope at first and crosses its start at the critical learning rate."""
     return lambda eta: START - slope * eta * (1 - eta / critical)
+
+
+def power_law(slope: float, critical: float, power: float) -> Callable[[float], float]:
+    return lambda eta: START - slope * eta * (1 - (eta / critical) ** power)
 
 
 def search(
@@ -72,6 +77,27 @@ def test_nearby_searches_share_moves_and_cost_no_more_evaluations() -> None:
     assert len(moves) < evaluations <= alone
     for result, critical in zip(results.values(), (0.050, 0.052, 0.051), strict=True):
         assert result.eta == pytest.approx(critical, rel=1e-2)
+
+
+def test_sharing_moves_costs_next_to_no_evaluations() -> None:
+    """Counted 0.4 % more for 39 % fewer moves; 2.2 % where what is to close a bracket is moved."""
+    evaluations = alone = moves = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        functions, guesses = {}, {}
+        for name in "abc":
+            critical, slope = 0.05 * math.exp(rng.gauss(0, 0.15)), rng.uniform(0.1, 2)
+            functions[name] = power_law(slope, critical, rng.uniform(0.4, 1.2))
+            guesses[name] = critical * math.exp(rng.gauss(0, 0.1))
+        results, made = search(functions, guesses)
+        moves += len(made)
+        evaluations += sum(result.evaluations for result in results.values())
+        alone += sum(
+            find_critical_lr(functions[name], loss=START, guess=guesses[name]).evaluations
+            for name in functions
+        )
+    assert evaluations <= 1.01 * alone
+    assert moves <= 0.65 * alone
 
 
 def test_a_search_far_away_is_not_given_what_is_of_no_use_to_it() -> None:
