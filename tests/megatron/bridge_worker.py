@@ -170,15 +170,8 @@ def train(
         callbacks.insert(0, CriticalSharpnessCallback(every=every, **(settings or {})))
     real_train = pretrain.train
 
-    def observed(
-        step: Any,
-        model: Any,
-        optimizer: Any,
-        scheduler: Any,
-        iterator: Any,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> None:
+    def observed(step: Any, model: Any, optimizer: Any, scheduler: Any, iterator: Any, *rest: Any,
+                 **kwargs: Any) -> None:
         state = rest[1]
         try:
             real_train(step, model, optimizer, scheduler, iterator, *rest, **kwargs)

@@ -44,11 +44,9 @@ def write_weights(model: Any, optimizer: Any) -> None:
         layers = core.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in core.named_parameters():
-            experts = sum(
-                1
-                for n, _ in core.named_parameters()
-                if "local_experts" in n and "linear_fc1.weight" in n and "layers.0." in n
-            )
+            experts = sum(1 for n, _ in core.named_parameters()
+                          if "local_experts" in n and "linear_fc1.weight" in n
+                          and "layers.0." in n)
             first_expert = mpu.get_expert_model_parallel_rank() * experts
             dim = getattr(parameter, "partition_dim", -1)
             shape, ranks, rank = list(parameter.shape), 1, 0
@@ -56,7 +54,9 @@ def write_weights(model: Any, optimizer: Any) -> None:
                 ranks = mpu.get_tensor_model_parallel_world_size()
                 rank = mpu.get_tensor_model_parallel_rank()
                 shape[dim] *= ranks
-            full = full_parameter(global_name(name, first_layer, first_expert), tuple(shape))
+            full = full_parameter(
+                global_name(name, first_layer, first_expert), tuple(shape)
+            )
             part = full.chunk(ranks, dim=dim)[rank] if ranks > 1 else full
             with torch.no_grad():
                 parameter.copy_(part)

@@ -147,7 +147,8 @@ def finish(processes: Sequence[Rank], folder: Path, timeout: float) -> Run:
             process.wait()
     codes = [process.returncode for process in processes]
     output = "".join(
-        (folder / f"output{rank}.txt").read_text(errors="replace") for rank in range(len(processes))
+        (folder / f"output{rank}.txt").read_text(errors="replace")
+        for rank in range(len(processes))
     )
     failed = next((code for code in codes if code not in (0, -9)), None)
     code = failed if failed is not None else max(codes, key=abs)

@@ -42,38 +42,20 @@ def snapshot(model: Any, optimizer: Any, scheduler: Any, iterator: Any) -> dict[
         "main parameters": hash_of([p.data for p in mains]),
         "gradients": hash_of([getattr(p, "main_grad", None) for p in parameters]),
         "buffers": hash_of([b for chunk in model for b in chunk.module.buffers()]),
-        "optimizer": hash_of(
-            [leaf.optimizer.state.get(p) for leaf in stepped for p in leaf.get_parameters()]
-        ),
+        "optimizer": hash_of([leaf.optimizer.state.get(p) for leaf in stepped
+                              for p in leaf.get_parameters()]),
         "groups": hash_of([plain(group) for group in optimizer.param_groups]),
-        "scaler": hash_of(
-            optimizer.get_loss_scale(),
-            [
-                leaf.grad_scaler.state_dict()
-                for leaf in stepped
-                if getattr(leaf, "grad_scaler", None)
-            ],
-        ),
+        "scaler": hash_of(optimizer.get_loss_scale(),
+                          [leaf.grad_scaler.state_dict() for leaf in stepped
+                           if getattr(leaf, "grad_scaler", None)]),
         "scheduler": hash_of(scheduler.state_dict()),
-        "random states": hash_of(
-            random_states(),
-            torch.cuda.get_rng_state(),
-            tensor_parallel.get_cuda_rng_tracker().get_states(),
-        ),
-        "rerun machine": hash_of(
-            {
-                k: str(v)
-                for k, v in vars(machine).items()
-                if isinstance(v, (bool, int, float, str)) or k in ("mode", "state")
-            }
-        ),
-        "gathers": hash_of(
-            [
-                getattr(group, "param_gather_dispatched", None)
-                for chunk in model
-                for group in getattr(chunk, "bucket_groups", [])
-            ]
-        ),
+        "random states": hash_of(random_states(), torch.cuda.get_rng_state(),
+                                 tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "rerun machine": hash_of({k: str(v) for k, v in vars(machine).items()
+                                  if isinstance(v, (bool, int, float, str)) or k in
+                                  ("mode", "state")}),
+        "gathers": hash_of([getattr(group, "param_gather_dispatched", None)
+                            for chunk in model for group in getattr(chunk, "bucket_groups", [])]),
         "next batch": hash_of([next(i) for i in iterators if i is not None]),
     }
     return result
@@ -87,15 +69,8 @@ def observe(out: Path) -> None:
         history.append(hash_of(loss_dict, lr, iteration, rest[0], rest[2:5]))
         return real_log(loss_dict, total, lr, iteration, *rest, **kw)
 
-    def train(
-        forward_step: Any,
-        model: Any,
-        optimizer: Any,
-        scheduler: Any,
-        iterator: Any,
-        *rest: Any,
-        **kw: Any,
-    ):
+    def train(forward_step: Any, model: Any, optimizer: Any, scheduler: Any, iterator: Any,
+              *rest: Any, **kw: Any):
         try:
             return real_train(forward_step, model, optimizer, scheduler, iterator, *rest, **kw)
         finally:

@@ -88,7 +88,9 @@ def measure(batch: dict[str, Tensor], other: dict[str, Tensor] | None = None) ->
     other = batch if other is None else other
     weights = {name: value.requires_grad_() for name, value in parameters().items()}
     start = loss(weights, batch)
-    gradients = dict(zip(weights, torch.autograd.grad(start, list(weights.values())), strict=True))
+    gradients = dict(
+        zip(weights, torch.autograd.grad(start, list(weights.values())), strict=True)
+    )
     total = math.sqrt(sum(float(torch.sum(g * g)) for g in gradients.values()))
     clip = min(1.0, CLIP / (total + 1e-6))
     update = {}
@@ -127,3 +129,4 @@ def bisect(along: Callable[[float], float], start: float) -> float:
         middle = 0.5 * (lower + upper)
         lower, upper = (lower, middle) if along(middle) > start else (middle, upper)
     return 0.5 * (lower + upper)
+

@@ -50,7 +50,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def expected(alone: Run) -> reference.Reference:
     batches = torch.load(alone.folder / "batches.pt", weights_only=False)
-    batch = {key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")}
+    batch = {
+        key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")
+    }
     sums = evaluation.read(
         "sums", other_data(alone.folder), samples=8, length=reference.LENGTH, seed=1234,
         tokenize=evaluation.byte_tokens, end=254, vocabulary=reference.VOCABULARY,

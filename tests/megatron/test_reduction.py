@@ -28,7 +28,9 @@ def test_every_token_counts_once_and_all_ranks_agree(layout: str, tmp_path: Path
         tmp_path, "", processes=2, script=SCRIPT, module=None,
         environment={"LAYOUT": json.dumps(options)},
     ).expect_success()  # fmt: skip
-    ours, theirs = (json.loads((result.folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    ours, theirs = (
+        json.loads((result.folder / f"rank{rank}.json").read_text()) for rank in (0, 1)
+    )
     assert ours == theirs
     total = sum(30.0 + 2 * rank for rank in counted)
     assert ours["sums"] == pytest.approx([total / (10 * len(counted)), 10 * len(counted)])

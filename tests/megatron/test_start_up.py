@@ -103,7 +103,9 @@ def seen() -> dict[str, tuple[str, bool, bool]]:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_by_name(case: str, seen: dict[str, tuple[str, bool, bool]]) -> None:
+def test_bad_input_is_refused_by_name(
+    case: str, seen: dict[str, tuple[str, bool, bool]]
+) -> None:
     outcome, hooked, _ = seen[case]
     assert outcome != "accepted"
     assert not hooked

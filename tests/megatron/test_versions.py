@@ -30,7 +30,9 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
     assert OTHER is not None
     processes, flags = LAYOUTS[layout]
     paths = [OTHER]
-    plain = run(tmp_path / "plain", flags, processes=processes, pythonpath=paths).expect_success()
+    plain = run(
+        tmp_path / "plain", flags, processes=processes, pythonpath=paths
+    ).expect_success()
     measured = run(
         tmp_path / "measured", flags, processes=processes, every=2, pythonpath=paths
     ).expect_success()

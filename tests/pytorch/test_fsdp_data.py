@@ -78,7 +78,9 @@ def test_a_blend_draws_each_kind_by_its_weight_and_none_of_its_samples_twice() -
         ("1 /no/such 1 /nor/this", "there is no /no/such.bin"),
     ],
 )
-def test_a_bad_mix_is_refused(given: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_mix_is_refused(
+    given: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=f"--data-path .*{message}"):
         parse(monkeypatch, f"{NO_DATA} --data-path {given}")
 
