@@ -188,9 +188,8 @@ class ObservedStep:
             return seen
         sums = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
         products = StepProducts(*all_sum(sums, collective_device()).tolist())
-        if (
-            products.squared_update == 0.0
-        ):  # a fused optimizer under loss scaling decides on the device
+        # A fused optimizer under loss scaling decides on the device whether it steps.
+        if products.squared_update == 0.0:
             return dataclasses.replace(seen, skipped=True)
         clip = 1.0
         if grad_norm is not None and 0.0 < (norm := float(_whole(grad_norm))) < math.inf:
