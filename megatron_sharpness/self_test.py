@@ -78,8 +78,9 @@ def replay_error(loss: float, trained: float) -> float:
         f"the loss evaluated at θ is {loss:.6g}, and the step was trained on {trained:.6g} "
         f"({loss / trained if trained else math.inf:.4g} times). Likely causes: a mean where the "
         "sum of losses is to be returned, or another number of tokens; another batch than the "
-        "step's own; another loss, such as one without a term that training adds; a loss given "
-        "that was scaled for the backward pass; dropout masks that are drawn anew"
+        "step's own (that is a loss on other data); another loss, such as one without a term that "
+        "training adds; a loss given that was scaled for the backward pass; dropout masks that are "
+        "drawn anew"
     )
 
 
@@ -131,6 +132,7 @@ def wrong_slope(ratio: float) -> str:
     return (
         f"next to θ the loss falls {ratio:.3g} times as fast as its gradient says. Likely causes: "
         "a mean where the sum of losses is to be returned, or another number of tokens; another "
-        "batch than the step's own, or another loss; gradients that were clipped, where grad_norm "
-        "is not given; weights that the optimizer steps, and the model does not read"
+        "batch than the step's own (that is a loss on other data), or another loss; gradients that "
+        "were clipped, where grad_norm is not given; weights that the optimizer steps, and the "
+        "model does not read"
     )

@@ -35,18 +35,20 @@ def run(size: int) -> list[training.Row]:
     rows = []
     for repeat in range(REPEATS):
         own, other = (gpt.batch_at(10_000 + 2 * repeat + i, size) for i in range(2))
-        for name, batch in zip(BATCHES, (own, other), strict=True):
-            model = copy.deepcopy(network)
-            stepped = gpt.optimizer_of(model)
-            # load_state_dict keeps the tensors that it is given, and a step changes them in place.
-            stepped.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            sharpness = CriticalSharpness(model, stepped, every=1)
-            stepped.zero_grad()
-            gpt.loss(model, own).backward()
-            stepped.step()
-            record = sharpness.after_step(repeat, lambda m=model, b=batch: (gpt.loss(m, b), 1))
-            assert record is not None
-            row = json.loads(record.to_json())
+        model = copy.deepcopy(network)
+        stepped = gpt.optimizer_of(model)
+        # load_state_dict keeps the tensors that it is given, and a step changes them in place.
+        stepped.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        sharpness = CriticalSharpness(
+            model, stepped, every=1, losses={"other": lambda m=model, b=other: (gpt.loss(m, b), 1)}
+        )
+        stepped.zero_grad()
+        gpt.loss(model, own).backward()
+        stepped.step()
+        record = sharpness.after_step(repeat, lambda m=model, b=own: (gpt.loss(m, b), 1))
+        assert record is not None
+        for name, of in zip(BATCHES, (record, sharpness.records["other"]), strict=True):
+            row = json.loads(of.to_json())
             rows.append(row | {"batch": name, "tokens": size * gpt.LENGTH})
     return rows
 

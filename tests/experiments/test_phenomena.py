@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments import claims, training
 from experiments.adam_edge import run as adam_edge
+from experiments.batch import run as batch
 from experiments.fcn import run as fcn
 from experiments.gpt_wsd import run as gpt
 from experiments.uv import model as uv
@@ -73,3 +74,13 @@ def test_adam_settles_at_two_edges() -> None:
 def test_critical_sharpness_of_a_gpt_rises_when_the_learning_rate_decays() -> None:
     rows = gpt.run("wsd", gpt.RATES[-1], exact_every=gpt.STEPS)
     assert claims.rise(rows) > 1.3
+
+
+def test_a_small_batch_and_another_are_measured_along_one_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batch, "REPEATS", 2)
+    rows = batch.run(batch.SIZES[0])
+    assert [row["status"] for row in rows] == ["found"] * 4
+    own, other = (batch.sharpness_of(rows, name) for name in batch.BATCHES)
+    assert np.all(other > own)
