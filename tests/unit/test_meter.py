@@ -97,6 +97,15 @@ def test_without_the_training_loss_it_is_evaluated_twice_at_first_and_then_once(
         assert (record.loss, record.replay_error, record.tokens) == (START, None, TOKENS)
 
 
+def test_from_the_first_measurement_on_the_training_loss_is_the_loss_at_the_start() -> None:
+    """Where its replay equals it but for the order of the sum, as in the records that follow."""
+    step = replace(STEP, training_loss=START * (1 + 1e-6))
+    meter = Meter(Settings())
+    first, second = measure(meter, step=step), measure(meter, step=step)
+    assert first.loss == second.loss == step.training_loss
+    assert first.replay_error == pytest.approx(START * 1e-6)
+
+
 def test_a_replay_that_is_not_exact_is_reported_and_evaluated_from_then_on() -> None:
     warnings: list[str] = []
     meter = Meter(Settings(), warn=warnings.append)

@@ -53,7 +53,8 @@ def test_large_shards_are_taken_in_pieces(
 ) -> None:
     monkeypatch.setattr(update_line, "CHUNK", 64)
     generator = torch.Generator().manual_seed(0)
-    main = torch.randn(shape, generator=generator).t() if len(shape) == 2 else torch.randn(shape)
+    main = torch.randn(shape, generator=generator)
+    main = main.t() if len(shape) == 2 else main
     start, model = main.clone(), torch.empty(main.shape, dtype=torch.bfloat16)
     line = UpdateLine([Shard(main=main, model=model)])
     line.begin()
@@ -64,8 +65,9 @@ def test_large_shards_are_taken_in_pieces(
     total = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
     line.products([torch.full(main.shape, 2.0)], total)
     update = (start - main).double()
-    expected = torch.stack([2 * update.sum(), update.square().sum()])
-    assert torch.allclose(total[:2], expected, rtol=1e-6)
+    # A piece is summed in fp32, and in the first product terms of both signs cancel.
+    assert abs(total[0] - 2 * update.sum()) <= 1e-6 * 2 * update.abs().sum()
+    assert torch.allclose(total[1], update.square().sum(), rtol=1e-6)
     assert total[2] == 4 * main.numel()
     distance = (start - start.bfloat16()).double()
     assert torch.allclose(total[4], 4 * distance.square().sum(), rtol=1e-6)
