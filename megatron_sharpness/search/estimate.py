@@ -14,6 +14,9 @@ BENT_UNKNOWN = 0.8
 #: and by so much of ln p, which is 0 on a quadratic loss: one that is flat, or steep, has kinks.
 #: On the GPTs of benchmarks/landscapes.py nine of ten errors then lie within twice what is stated.
 BENT_POWER = 0.7
+#: A loss that grows exponentially about η_c, as over a batch that is being memorized, is bent by
+#: p·s·η_c/L(θ): allowed for is this part of it.
+EXPONENTIAL = 0.5
 #: What a weight on the grid of its precision lags behind by, as a part of the resolution.
 HALF_STEP = 0.25
 
@@ -25,8 +28,9 @@ def interpolate(probes: Probes, near: Probe, far: Probe) -> tuple[float, float]:
     quadratic), ln y is interpolated over ln η, by a line of slope p. Between its ends a and b the
     line is out by ½·|d²ln y/d(ln η)²|·ln(η_c/a)·ln(b/η_c), and ln η_c by 1/p of that; the curvature
     is that of the nearest other probe, or else p(1 - p), and what is not seen of it is what the
-    constants say. The noise adds √2·noise/(s·η_c·p), and weights that do not follow a line shorter
-    than the resolution, half a step of theirs.
+    constants say, up to what the middle of the bracket is out by. The noise adds
+    √2·noise/(s·η_c·p), and weights that do not follow a line shorter than the resolution, half a
+    step of theirs.
     """
     others = [probe for probe in probes.finite if probe not in (near, far)]
     # The slope that is known, or of a line through h at the two ends if they do not go with it.
@@ -44,9 +48,12 @@ def interpolate(probes: Probes, near: Probe, far: Probe) -> tuple[float, float]:
         if min(abs(c[0] - a[0]), abs(c[0] - b[0])) > 1e-6:  # the nearest one stands
             curvature = 2 * ((c[1] - a[1]) / (c[0] - a[0]) - power) / (c[0] - b[0]) / power
     unseen = BENT_UNKNOWN * power if probes.slope is None else BENT
-    bent = math.hypot(curvature, unseen, BENT_POWER * math.log(power))
-    bend = bent * (x - a[0]) * (b[0] - x) / 2
     eta = min(max(math.exp(x), near.lr), far.lr)
+    # A loss that is 0 or negative has no scale of its own.
+    promised = min(slope * eta / probes.loss, 1e9) if probes.loss > 0 else 0.0
+    grown = EXPONENTIAL * power * promised
+    bent = math.hypot(curvature, unseen, BENT_POWER * math.log(power), grown)
+    bend = min(bent * (x - a[0]) * (b[0] - x) / 2, middle(near, far)[1])
     noise = math.sqrt(2) * probes.noise / (slope * eta * power)
     return eta, math.hypot(bend, noise, HALF_STEP * probes.resolution / eta)
 

@@ -77,3 +77,30 @@ def test_weights_that_do_not_follow_a_short_line_are_half_a_step_off() -> None:
     )
     assert sure.error is not None and unsure.error is not None and unsure.eta is not None
     assert unsure.error == pytest.approx(math.hypot(sure.error, 0.01 / 4 / unsure.eta))
+
+
+@pytest.mark.parametrize("excess", [1e-1, 1e-3])
+def test_a_batch_that_is_memorized(excess: float) -> None:
+    """Its loss is next to 0, falls to a part of that, and grows exponentially farther out."""
+    errors, stated = [], []
+    for seed in range(100):
+        rng = random.Random(seed)
+        slope, rate, critical = rng.uniform(5, 10), rng.uniform(8, 16), 10 ** rng.uniform(-3, 0)
+        rise = excess * (1 - math.exp(-slope)) / math.expm1(rate)
+
+        def loss_at(eta: float) -> float:
+            t = eta / critical  # noqa: B023
+            return excess * math.exp(-slope * t) + rise * math.expm1(rate * t)  # noqa: B023
+
+        result = find_critical_lr(
+            loss_at,
+            loss=excess,
+            guess=critical * math.exp(rng.gauss(0, 0.3)),
+            slope=(excess * slope - rise * rate) / critical,
+        )
+        assert result.eta is not None and result.error is not None
+        errors.append(abs(result.eta / critical - 1))
+        stated.append(result.error)
+    within = sum(error <= 2 * told for error, told in zip(errors, stated, strict=True))
+    assert within >= 0.9 * len(errors)
+    assert statistics.median(stated) <= 10 * statistics.median(errors)
