@@ -21,7 +21,7 @@ from megatron_sharpness.search.bisection import Bisection
 from megatron_sharpness.search.certified import Certified
 from megatron_sharpness.search.estimate import interpolate, middle
 from megatron_sharpness.search.probes import Probe, Probes
-from megatron_sharpness.search.strategy import Ending, SearchStatus, Strategy
+from megatron_sharpness.search.strategy import VISIBLE, Ending, SearchStatus, Strategy
 
 __all__ = [
     "TOLERANCES",
@@ -40,10 +40,6 @@ _STRATEGIES: dict[str, type[Strategy]] = {"certified": Certified, "bisection": B
 
 #: Width of the bracket by default. Interpolated in 1/4, η_c is as good as the middle of 1/16.
 TOLERANCES: dict[Method, float] = {"certified": 1 / 4, "bisection": 1 / 16}
-
-#: The first probe is made where the slope promises a fall of so many times the noise at least: what
-#: is left of it, which says how far η_c is, is then known to a few percent (STANDS_OUT/VISIBLE).
-VISIBLE = 100.0
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,7 @@ def find_critical_lrs(
 
 def first_probe(guess: float, slope: float | None, noise: float, resolution: float = 0.0) -> float:
     """The guess, or where the loss can be seen to follow the line, if that is farther."""
-    visible = VISIBLE * noise / slope if slope is not None and 0 < slope < math.inf else 0.0
+    visible = Probes(math.nan, slope, noise).promises(VISIBLE)
     return max(guess, resolution, visible if visible < math.inf else 0.0)
 
 

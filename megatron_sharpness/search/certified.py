@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_sharpness.search.prediction import PROMISED, predict
-from megatron_sharpness.search.strategy import MOST_LEVEL, Ending, Strategy
+from megatron_sharpness.search.strategy import HIDDEN, MOST_LEVEL, VISIBLE, Ending, Strategy
 
 #: A window closes the bracket where it nearly reaches the prediction; past a farther one the step
 #: goes by this part of a window. Both matter to the second decimal of the evaluations.
@@ -61,16 +61,29 @@ class Certified(Strategy):
             ahead = min(ahead, max(math.log(FLOOR / promised), OUTWARDS))
             if promised > PROMISED and (count > 2 or not self.guessed):
                 ahead = max(ahead, OUTWARDS)
-        return end * math.exp(min(sign * ahead, 700.0))
+        if not out and probes.slope is None and probes.noise:
+            ahead = min(ahead, OUTWARDS)
+        eta = end * math.exp(min(sign * ahead, 700.0))
+        return eta if out else self.in_sight(eta, known)
+
+    def in_sight(self, eta: float, upper: float) -> float:
+        """An η below an upper end, and not so near to θ that no fall can be seen."""
+        probes = self.probes
+        hidden, visible = probes.promises(HIDDEN), probes.promises(VISIBLE)
+        level = [lr for lr in probes.level if lr < upper]
+        if level and (max(level) <= hidden if hidden else len(level) > 1):
+            return math.sqrt(max(level)) * math.sqrt(upper)
+        end = min([upper, *level])
+        nearest = max(min(visible, math.sqrt(hidden) * math.sqrt(end)), probes.resolution)
+        return max(eta, nearest if nearest < end else hidden)
 
     def hopeless(self, out: bool, end: float) -> Ending | None:
         """Why the other side of η_c will not be met."""
         probes = self.probes
-        promised, descent = probes.promised(end), probes.descent or math.inf
-        if out and promised > BEYOND:
+        if out and (promised := probes.promised(end)) > BEYOND:
             reason = f"the slope promises a fall by {promised:.0e}·L(θ), and nothing has risen yet"
             return Ending("no_upper", f"at η = {end:.3g} {reason}")
-        hidden = probes.noise and end <= probes.margin / descent
+        hidden = probes.noise and min(probes.above, default=math.inf) <= probes.promises(HIDDEN)
         if not out and (hidden or len(probes.level) > MOST_LEVEL):
             return Ending("noise_limited")
         if 1 / RANGE < end / self.start < RANGE:

@@ -70,6 +70,11 @@ class Probes:
     def _at(self, eta: float) -> Probe | None:
         return next((probe for probe in self.made if probe.lr == eta), None)
 
+    def promises(self, times: float) -> float:
+        """η at which the slope promises a fall of so many times the noise; 0 if none is given."""
+        slope = self.slope if self.slope is not None and 0 < self.slope < math.inf else math.inf
+        return times * self.noise / slope
+
     @property
     def finite(self) -> list[Probe]:
         """Those with a finite loss, in order of η."""

@@ -7,12 +7,16 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sharpness.search.probes import Probe, Probes
+from megatron_sharpness.search.probes import STANDS_OUT, Probe, Probes
 
 #: How a search ended; :class:`~megatron_sharpness.search.SearchResult` says what each means.
 SearchStatus = Literal[
     "found", "not_descent", "no_upper", "no_lower", "noise_limited", "non_finite", "exhausted"
 ]
+
+#: Where the slope promises a fall of VISIBLE times the noise, what is left of it is known to a few
+#: percent (STANDS_OUT/VISIBLE), and with it how far η_c is; at HIDDEN times no fall is seen.
+VISIBLE, HIDDEN = 100.0, 2 * STANDS_OUT
 
 #: After more losses that are level with L(θ) than this, the noise is what ends a search.
 MOST_LEVEL = 3

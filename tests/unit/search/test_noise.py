@@ -122,3 +122,30 @@ def test_an_ascent_within_noise_is_one_where_the_slope_says_so() -> None:
 
     result = find_critical_lr(rises, loss=START, guess=0.1, slope=-0.3, noise=1e-4)
     assert result.status == "not_descent" and result.eta is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("relative", [1e-7, 1e-4, 1e-2])
+def test_a_guess_far_above_a_steep_loss_comes_back_to_where_a_fall_can_be_seen(
+    known: bool, relative: float
+) -> None:
+    """Its rise there, of many powers of η, predicts an η_c next to θ, where all is level."""
+    for seed in range(300):
+        rng = random.Random(seed)
+        power, critical = rng.uniform(1, 6), 10 ** rng.uniform(-3, 0)
+        slope = 10 ** rng.uniform(-1.5, 1) / critical
+        noise = relative * slope * critical
+
+        def loss_at(eta: float) -> float:
+            change = slope * eta * ((eta / critical) ** power - 1)  # noqa: B023
+            return 3.0 + change + noise * rng.gauss(0, 1)  # noqa: B023
+
+        result = find_critical_lr(
+            loss_at,
+            loss=loss_at(0.0),
+            guess=critical * 10 ** rng.uniform(0, 4),
+            slope=slope if known else None,
+            noise=noise,
+        )
+        assert result.status == "found", (seed, result)
+        assert result.evaluations <= 16
