@@ -30,7 +30,10 @@ from megatron_sharpness.search import (
     first_probe,
 )
 from megatron_sharpness.self_test import (
+    DISAGREES,
     ROUNDING,
+    SAME,
+    SAME_IN_16_BITS,
     SEEN,
     STILL,
     WrongLoss,
@@ -64,6 +67,7 @@ class Step:
         noise: root-mean-square error of a loss from rounding the weights, in nats
             (:mod:`megatron_sharpness.products`).
         resolution: η below which rounded weights do not follow the line; 0 if none.
+        coarse: whether the forward pass computes in 16 bits, or may do so.
         skipped: the optimizer did not step.
         failed: why the step could not be observed, if so.
         started: ``time.perf_counter()`` when the measurement began.
@@ -82,6 +86,7 @@ class Step:
     noise: float = 0.0
     resolution: float = 0.0
     update_norm: float | None = None
+    coarse: bool = True
     skipped: bool = False
     failed: str | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -239,7 +244,7 @@ class Meter:
             for name, (loss, tokens) in start.items():
                 records[name] = replace(records[name], loss=loss, tokens=tokens)
                 try:
-                    self._test_repeat(name, loss, partial(_loss_of, losses_at, name))
+                    self._test_repeat(step, name, loss, partial(_loss_of, losses_at, name))
                 except WrongLoss as wrong:
                     records[name] = replace(records[name], reason=str(wrong))
             losses = {name: start[name][0] for name in names if records[name].reason is None}
@@ -289,32 +294,33 @@ class Meter:
         state, trained = self.state, step.training_loss
         if trained is None:
             loss = loss_at(0.0)
-            self._test_repeat(TRAIN, loss, lambda: loss_at(0.0))
+            self._test_repeat(step, TRAIN, loss, lambda: loss_at(0.0))
             return loss
         if not math.isfinite(trained) or is_exact(state.replay_error, trained):
             return trained
         loss = loss_at(0.0)
         exact = is_exact(abs(loss - trained), trained)
-        self._test_repeat(TRAIN, loss, lambda: trained if exact else loss_at(0.0))
-        error = replay_error(loss, trained)
+        self._test_repeat(step, TRAIN, loss, lambda: trained if exact else loss_at(0.0))
+        error = replay_error(loss, trained, _same(step))
         if state.replay_error is None and not exact:
             self.warn(
                 f"critical sharpness: the replayed loss {loss!r} differs from the training loss "
                 f"{trained!r} at iteration {step.iteration}. L(θ) is evaluated at each "
-                "measurement from now on, at the cost of one forward pass. The cause is a forward "
-                "pass that does not repeat: non-deterministic kernels, or state that it changes."
+                "measurement from now on, at the cost of one forward pass. Likely causes: kernels "
+                "that are not deterministic, or state that a forward pass changes; a loss that is "
+                "not quite the one trained on, such as another batch's or one without a small term."
             )
         state.replay_error = error
         return trained if exact else loss
 
-    def _test_repeat(self, name: str, loss: float, again: Callable[[], float]) -> None:
+    def _test_repeat(self, step: Step, name: str, loss: float, again: Callable[[], float]) -> None:
         """Once for each loss: whether it repeats, and with which error.
 
         Raises:
             WrongLoss: it does not.
         """
         if name not in self.state.repeat_errors and math.isfinite(loss):
-            self.state.repeat_errors[name] = repeat_error(loss, again)
+            self.state.repeat_errors[name] = repeat_error(loss, again, _same(step))
 
     def _test_slope(
         self,
@@ -341,7 +347,10 @@ class Meter:
         )
         if ratio is None:
             return record
-        known = not step.trained or (state.replay_error is not None and abs(ratio) >= STILL)
+        if step.trained:
+            known = state.replay_error is not None and abs(ratio) >= STILL
+        else:  # without dropout, say, it is a similar loss
+            known = agrees(ratio, DISAGREES)
         if not agrees(ratio) and not known:
             raise WrongLoss(wrong_slope(ratio))
         state.slope_agrees = agrees(ratio)
@@ -372,6 +381,10 @@ class Meter:
         if record.status == "failed" and self.settings.on_error == "raise":
             raise ProbeError(record.reason)
         return record
+
+
+def _same(step: Step) -> float:
+    return SAME_IN_16_BITS if step.coarse else SAME
 
 
 def _loss_of(losses_at: LossesAt, name: str) -> float:

@@ -15,9 +15,10 @@ from megatron_sharpness.search import Probe
 #: precision of the sum over micro-batches alone.
 EXACT = 2e-6
 
-#: A loss that is further off than this, relatively, is another loss: kernels that do not repeat, in
-#: 16 bits, were seen to move the mean of a batch by 1e-4 at most.
-SAME = 1e-3
+#: A loss that is further off than this, relatively, is another loss, such as that of another batch:
+#: before training these differ by 1e-3. Kernels that do not repeat were seen to move the mean of a
+#: batch by 1e-4 in 16 bits at most, where it takes ten times as much.
+SAME, SAME_IN_16_BITS = 1e-4, 1e-3
 
 #: The error of a mean loss that was computed in fp32, relatively: a few roundings.
 ROUNDING = 2.0**-22
@@ -30,7 +31,7 @@ NEXT_TO_LOSS, NEXT_TO_CRITICAL = 0.01, 1 / 16
 #: within this factor. Auxiliary losses, which the gradient holds and L does not, stay within it.
 #: A loss that bends soon was seen at half its slope: where a second look cannot be taken nearer to
 #: θ, one disagrees by this factor at least.
-SEEN, AGREES, DISAGREES = 10.0, 2.0, 4.0
+SEEN, AGREES, DISAGREES = 10.0, 1.5, 4.0
 
 #: A loss that falls by no more than this part of what the slope says does not follow the weights.
 STILL = 0.01
@@ -45,8 +46,12 @@ def is_exact(error: float | None, trained: float) -> bool:
     return error is not None and error <= EXACT * max(1.0, abs(trained))
 
 
-def repeat_error(loss: float, loss_at_start: Callable[[], float]) -> float:
+def repeat_error(loss: float, loss_at_start: Callable[[], float], same: float) -> float:
     """Root-mean-square error of L(θ) from evaluating it once more, and twice more if it differs.
+
+    Args:
+        loss, loss_at_start: L(θ), and what evaluates it again.
+        same: SAME, or SAME_IN_16_BITS.
 
     Raises:
         WrongLoss: it differs by more than kernels can explain.
@@ -55,7 +60,7 @@ def repeat_error(loss: float, loss_at_start: Callable[[], float]) -> float:
     if losses[0] == losses[1]:
         return 0.0
     losses += [loss_at_start(), loss_at_start()]
-    if not all(abs(value - loss) <= max(SAME * abs(loss), EXACT) for value in losses):
+    if not all(abs(value - loss) <= max(same * abs(loss), EXACT) for value in losses):
         raise WrongLoss(
             f"the loss does not repeat: evaluated {len(losses)} times at the same weights it is "
             f"{min(losses):.6g} to {max(losses):.6g}. Likely causes: another batch at each call, "
@@ -65,14 +70,18 @@ def repeat_error(loss: float, loss_at_start: Callable[[], float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in losses) / (len(losses) - 1))
 
 
-def replay_error(loss: float, trained: float) -> float:
+def replay_error(loss: float, trained: float, same: float) -> float:
     """|L(θ) as it is evaluated - L(θ) as it was trained on|, in nat.
+
+    Args:
+        loss, trained: the two.
+        same: SAME, or SAME_IN_16_BITS.
 
     Raises:
         WrongLoss: they are not the same loss.
     """
     error = abs(loss - trained)
-    if error <= max(SAME * abs(trained), EXACT):
+    if error <= max(same * abs(trained), EXACT):
         return error
     raise WrongLoss(
         f"the loss evaluated at θ is {loss:.6g}, and the step was trained on {trained:.6g} "
@@ -119,12 +128,12 @@ def slope_ratio(
         return ratio
     if nearest <= (nearer := probe.lr / 8):
         return (loss - loss_at(nearer)) / (slope * nearer)
-    return None if 1 / DISAGREES < ratio < DISAGREES else ratio
+    return None if agrees(ratio, DISAGREES) else ratio
 
 
-def agrees(ratio: float) -> bool:
-    """Whether the loss falls next to θ as the slope says."""
-    return 1 / AGREES <= ratio <= AGREES
+def agrees(ratio: float, factor: float = AGREES) -> bool:
+    """Whether the loss falls next to θ as the slope says, within a factor."""
+    return 1 / factor <= ratio <= factor
 
 
 def wrong_slope(ratio: float) -> str:

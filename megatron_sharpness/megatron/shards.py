@@ -123,6 +123,12 @@ class MegatronLine:
         self.is_open = False
         self._dispatched: list[bool] = []
 
+    @property
+    def coarse(self) -> bool:
+        """Whether this rank has a part of a model in 16 bits."""
+        shards = [shard for line, _ in self.lines for shard in line.shards]
+        return any(shard.model.dtype.itemsize < 4 for shard in shards)
+
     def begin(self, optimizer: Any) -> None:
         """Keep θ_t of all that ``optimizer`` is about to step."""
         self.lines = [

@@ -153,16 +153,23 @@ class ObservedStep:
             except Exception as caught:
                 self._error = caught
         flags = torch.tensor(
-            [self._error is not None, not success, self._lr, self._weight_decay],
+            [
+                self._error is not None,
+                not success,
+                self.line.coarse,
+                self._lr,
+                self._weight_decay,
+            ],
             dtype=torch.float64,
         )
-        failed, skipped, lr, weight_decay = all_max(flags, current_device()).tolist()
+        failed, skipped, coarse, lr, weight_decay = all_max(flags, current_device()).tolist()
         seen = Step(
             iteration=iteration,
             consumed_samples=consumed_samples,
             lr=lr,
             weight_decay=weight_decay,
             beta1=self.options.adam_beta1 if self.options.optimizer == "adam" else None,
+            coarse=bool(coarse),
             skipped=bool(skipped),
             failed=first_error(self._error) if failed else None,
             started=started,

@@ -169,17 +169,23 @@ class ObservedStep:
             largest_rates(seen.optimizer) for seen in self._optimizers
         ]
         flags = torch.tensor(
-            [error is not None, not stepped, *(max(rate) for rate in zip(*rates, strict=True))],
+            [
+                error is not None,
+                not stepped,
+                self._passes.coarse,
+                *(max(rate) for rate in zip(*rates, strict=True)),
+            ],
             dtype=torch.float64,
         )
-        failed, skipped, lr, weight_decay = all_max(flags, collective_device()).tolist()
+        failed, skipped, coarse, lr, decay = all_max(flags, collective_device()).tolist()
         seen = Step(
             iteration=number,
             consumed_samples=consumed_samples,
             lr=lr,
-            weight_decay=weight_decay,
+            weight_decay=decay,
             beta1=_beta1([seen.optimizer for seen in self._optimizers]),
             trained=trained,
+            coarse=bool(coarse),
             skipped=bool(skipped),
             failed=first_error(error) if failed else None,
             started=started,
@@ -223,6 +229,13 @@ class RecordedPasses:
         self.buffers: Buffers | None = None
         self.read_in: torch.dtype | None = None
         self._handles = [model.register_forward_pre_hook(self._record)]
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a pass has read weights in 16 bits, or may have done so out of sight."""
+        if self.read_in is None or torch.finfo(self.read_in).bits < 32:
+            return True
+        return any(_is_compiled(module) for module in self._model.modules())
 
     def release(self) -> None:
         """Record no further passes."""
@@ -283,13 +296,17 @@ class RecordedPasses:
 
 def _eager_owners(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold matrices, but for those in compiled ones: a hook would compile anew."""
-    compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-    if compiled or isinstance(module, torch.jit.ScriptModule):
+    if _is_compiled(module):
         return
     if any(p.is_floating_point() and p.dim() > 1 for p in module.parameters(recurse=False)):
         yield module
     for child in module.children():
         yield from _eager_owners(child)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def collective_device() -> torch.device:

@@ -157,6 +157,23 @@ def test_a_wrong_loss_is_told_by_the_slope_where_it_is_not(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:critical sharpness of step")
+@pytest.mark.parametrize("kind", ["another loss", "another batch", "another batch at each call"])
+def test_before_training_all_losses_are_nearly_equal_and_one_that_is_wrong_is_told(
+    kind: str,
+) -> None:
+    """In fp32: every batch has about ln 4 where the model says nothing yet."""
+    wrong, said = WRONG[kind]
+    model = network()
+    with torch.no_grad():
+        for parameter in model[-1].parameters():  # type: ignore[index]
+            parameter.mul_(1e-2)
+    (first, *_), _, _ = train(
+        wrong(), gives=lambda total, tokens: (total, tokens), every=1, model=model
+    )
+    assert first.status == "failed" and said in str(first.reason)
+
+
+@pytest.mark.filterwarnings("ignore:critical sharpness of step")
 def test_a_wrong_loss_can_be_made_fatal() -> None:
     with pytest.raises(RuntimeError, match="a mean where the sum"):
         train(mean, gives=lambda total, tokens: (total, tokens), on_error="raise")
@@ -180,6 +197,14 @@ def test_in_evaluation_mode_the_loss_is_another_one_and_is_not_compared() -> Non
     records, _, _ = train(mode="eval", gives=lambda total, tokens: (total, tokens))
     assert [record.status for record in records] == ["found"] * 3
     assert {record.replay_error for record in records} == {None}
+
+
+@pytest.mark.filterwarnings("ignore:critical sharpness of step")
+@pytest.mark.parametrize("wrong", [mean, squared])
+def test_in_evaluation_mode_a_loss_that_is_nothing_like_it_is_told(wrong: Evaluate) -> None:
+    records, _, _ = train(wrong, mode="eval", gives=lambda total, tokens: (total, tokens))
+    for record in records:
+        assert record.status == "failed" and "as fast as its gradient" in str(record.reason)
 
 
 class AutocastInside(nn.Module):

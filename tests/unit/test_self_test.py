@@ -8,6 +8,8 @@ import pytest
 
 from megatron_sharpness.search import Probe
 from megatron_sharpness.self_test import (
+    SAME,
+    SAME_IN_16_BITS,
     WrongLoss,
     agrees,
     is_exact,
@@ -23,32 +25,41 @@ def values(*losses: float) -> Iterator[float]:
 
 
 def test_a_loss_that_repeats_has_no_error_and_is_evaluated_once() -> None:
-    assert repeat_error(2.5, lambda: 2.5) == 0.0
+    assert repeat_error(2.5, lambda: 2.5, SAME) == 0.0
 
 
 def test_a_loss_that_nearly_repeats_is_evaluated_four_times() -> None:
     again = values(2.5001, 2.4999, 2.5001)
-    assert repeat_error(2.5, lambda: next(again)) == pytest.approx(9.57e-5, rel=1e-2)
+    assert repeat_error(2.5, lambda: next(again), SAME) == pytest.approx(9.57e-5, rel=1e-2)
 
 
 @pytest.mark.parametrize("other", [2.51, 3.0, math.nan])
 def test_another_batch_at_each_call_is_told(other: float) -> None:
     with pytest.raises(WrongLoss, match=r"does not repeat.*another batch at each call"):
-        repeat_error(2.5, lambda: other)
+        repeat_error(2.5, lambda: other, SAME_IN_16_BITS)
 
 
 def test_a_replay_is_compared_with_the_training_loss() -> None:
-    assert is_exact(replay_error(2.5 + 1e-6, 2.5), 2.5)
-    error = replay_error(2.5 + 1e-4, 2.5)
+    assert is_exact(replay_error(2.5 + 1e-6, 2.5, SAME), 2.5)
+    error = replay_error(2.5 + 1e-4, 2.5, SAME)
     assert error == pytest.approx(1e-4) and not is_exact(error, 2.5)
-    assert replay_error(1e-7, 0.0) == 1e-7  # of a loss that is 0 in the mean
+    assert replay_error(1e-7, 0.0, SAME) == 1e-7  # of a loss that is 0 in the mean
     assert not is_exact(None, 2.5)
 
 
 @pytest.mark.parametrize("wrong", [2.5 / 512, 2.6, 2.495, -2.5, math.nan])
 def test_another_loss_than_the_trained_one_is_told(wrong: float) -> None:
     with pytest.raises(WrongLoss, match=r"trained on 2\.5 .*a mean where the sum"):
-        replay_error(wrong, 2.5)
+        replay_error(wrong, 2.5, SAME_IN_16_BITS)
+
+
+def test_in_fp32_it_takes_less_to_be_another_loss() -> None:
+    assert replay_error(2.501, 2.5, SAME_IN_16_BITS) == pytest.approx(1e-3)
+    with pytest.raises(WrongLoss, match=r"trained on 2\.5 "):
+        replay_error(2.501, 2.5, SAME)
+    assert repeat_error(2.5, lambda: 2.501, SAME_IN_16_BITS) > 0
+    with pytest.raises(WrongLoss, match="does not repeat"):
+        repeat_error(2.5, lambda: 2.501, SAME)
 
 
 def line(eta: float) -> float:
