@@ -135,6 +135,11 @@ class CriticalSharpnessCallback(TrainerCallback):
         total: Tensor | float = 0.0
         items: Tensor | float = 0.0
         for args, kwargs in self._micro_batches:
+            if kwargs.get("num_items_in_batch") is None:
+                raise RuntimeError(
+                    "the model was called without num_items_in_batch, so that its loss is a mean "
+                    "over each micro-batch; pass it on in compute_loss, as Trainer does"
+                )
             outputs = self.trainer.model_wrapped(*args, **kwargs)
             total = total + (outputs["loss"] if isinstance(outputs, dict) else outputs[0])
             # The tokens of the whole step, by which each micro-batch's sum has been divided.

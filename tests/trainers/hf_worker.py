@@ -247,6 +247,20 @@ class Runs:
         return result
 
 
+class TrainerThatAveragesMeans(Trainer):
+    """Calls the model as before there was num_items_in_batch."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
 class TrainerThatAddsToTheLoss(Trainer):
     """What is differentiated is more than the model's own loss."""
 
@@ -302,6 +316,7 @@ def alone(folder: Path) -> dict[str, Any]:
         "ended armed": runs("ended armed", every=3),
         "wrong": runs("wrong", every=4, trainer_class=TrainerThatAddsToTheLoss),
         "wrong off": runs("wrong off", trainer_class=TrainerThatAddsToTheLoss),
+        "means": runs("means", every=4, trainer_class=TrainerThatAveragesMeans),
         "bf16": runs("bf16", every=4, bf16=True),
         "saved off": runs("saved off", **saving),
         "saved": runs("saved", **saving, every=2),

@@ -117,6 +117,12 @@ def test_a_trainer_that_differentiates_another_loss_is_told(alone: list[dict[str
         assert "the step was trained on" in record["reason"]
 
 
+def test_a_model_that_is_called_without_its_tokens_is_named(alone: list[dict[str, Any]]) -> None:
+    for record in alone[0]["single"]["means"]["records"]:
+        assert record["status"] == "failed" and "num_items_in_batch" in record["reason"]
+        assert "compute_loss" in record["reason"]
+
+
 def test_the_noise_is_that_of_the_precision_inside_of_the_model(
     alone: list[dict[str, Any]],
 ) -> None:
