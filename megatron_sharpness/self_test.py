@@ -28,10 +28,11 @@ ROUNDING = 2.0**-22
 NEXT_TO_LOSS, NEXT_TO_CRITICAL = 0.01, 1 / 16
 
 #: A fall is compared with the slope where it would be so many times the noise; it agrees with it
-#: within this factor. Auxiliary losses, which the gradient holds and L does not, stay within it.
-#: A loss that bends soon was seen at half its slope: where a second look cannot be taken nearer to
-#: θ, one disagrees by this factor at least.
-SEEN, AGREES, DISAGREES = 10.0, 1.5, 4.0
+#: within this factor. Auxiliary losses, which the gradient holds and L does not, and other dropout
+#: masks stay within it; a sum that is divided by two micro-batches does not. A loss that bends soon
+#: was seen at half its slope: where a second look cannot be taken nearer to θ, one disagrees by
+#: four.
+SEEN, AGREES, DISAGREES = 10.0, 1.8, 4.0
 
 #: A loss that falls by no more than this part of what the slope says does not follow the weights.
 STILL = 0.01

@@ -80,7 +80,7 @@ def test_the_slope_of_the_loss_agrees_at_the_price_of_one_evaluation() -> None:
     assert len(calls) == 1  # a probe of the search did
 
 
-@pytest.mark.parametrize("factor", [0.0, 1 / 512, 0.2, 5.0, -1.0])
+@pytest.mark.parametrize("factor", [0.0, 1 / 512, 0.2, 0.5, 2.0, 5.0, -1.0])
 def test_a_loss_that_does_not_fall_as_its_slope_says_is_tried_twice(factor: float) -> None:
     calls: list[float] = []
 
