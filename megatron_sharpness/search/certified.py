@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_sharpness.search.prediction import PROMISED, predict
-from megatron_sharpness.search.strategy import HIDDEN, MOST_LEVEL, VISIBLE, Ending, Strategy
+from megatron_sharpness.search.strategy import HIDDEN, MOST_LEVEL, Ending, Strategy
 
 #: A window closes the bracket where it nearly reaches the prediction; past a farther one the step
 #: goes by this part of a window. Both matter to the second decimal of the evaluations.
@@ -68,14 +68,10 @@ class Certified(Strategy):
 
     def in_sight(self, eta: float, upper: float) -> float:
         """An η below an upper end, and not so near to θ that no fall can be seen."""
-        probes = self.probes
-        hidden, visible = probes.promises(HIDDEN), probes.promises(VISIBLE)
-        level = [lr for lr in probes.level if lr < upper]
-        if level and (max(level) <= hidden if hidden else len(level) > 1):
-            return math.sqrt(max(level)) * math.sqrt(upper)
-        end = min([upper, *level])
-        nearest = max(min(visible, math.sqrt(hidden) * math.sqrt(end)), probes.resolution)
-        return max(eta, nearest if nearest < end else hidden)
+        hidden, resolution = self.probes.promises(HIDDEN), self.probes.resolution
+        end = min([upper, *self.probes.level])
+        nearest = max(math.sqrt(hidden) * math.sqrt(end), resolution if resolution < end else 0.0)
+        return max(eta, nearest)
 
     def hopeless(self, out: bool, end: float) -> Ending | None:
         """Why the other side of η_c will not be met."""
@@ -83,7 +79,8 @@ class Certified(Strategy):
         if out and (promised := probes.promised(end)) > BEYOND:
             reason = f"the slope promises a fall by {promised:.0e}·L(θ), and nothing has risen yet"
             return Ending("no_upper", f"at η = {end:.3g} {reason}")
-        hidden = probes.noise and min(probes.above, default=math.inf) <= probes.promises(HIDDEN)
+        known = min(probes.above, default=math.inf)
+        hidden = probes.noise and known * (1 - self.tolerance) <= probes.promises(HIDDEN)
         if not out and (hidden or len(probes.level) > MOST_LEVEL):
             return Ending("noise_limited")
         if 1 / RANGE < end / self.start < RANGE:

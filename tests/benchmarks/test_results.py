@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,17 +13,6 @@ Row = dict[str, Any]
 
 PASSES: list[Row] = load("passes")["results"]
 PRECISION: list[Row] = load("precision")["results"]
-
-AUTOCAST = "PyTorch, AdamW, autocast"
-EXPLAINED = {
-    # In one batch the fp32 loss rises by 5e-5 close to θ, at η = 1e-4, and falls again: the first
-    # crossing is too low to be seen in 16 bits, which find the next one, a factor of 300 above.
-    (AUTOCAST, "bf16", "train", 1e-8): 2,  # with trained weights, and the same ones made fresh
-    (AUTOCAST, "fp16", "train", 1e-8): 1,
-    # A loss on other data that hardly falls, up to a fifteenth of the training loss's η_c, along
-    # lines that differ with the gradients: 16.7 % where 10 % and the two uncertainties are 16.5 %.
-    (AUTOCAST, "fp16", "code", 1e-3): 1,
-}
 
 
 def of(method: str, **cells: str) -> list[Row]:
@@ -69,19 +57,14 @@ def test_the_error_is_small_and_what_is_stated_of_it_true(group: str, method: st
 
 
 def test_what_is_found_in_16_bits_is_what_fp32_finds() -> None:
-    """Off by no more than the stated uncertainties and 10 %, but for what is explained."""
+    """Off by no more than the stated uncertainties and 10 %."""
     found = [
         (row, exact)
         for row, exact in precision.compared(PRECISION)
         if row["status"] == "found" and exact["status"] == "found"
     ]
     assert len(found) > 250
-    off = [
-        (row["case"], row["precision"], row["batch"], row["lr"])
-        for row, exact in found
-        if precision.off(row, exact) > 1
-    ]
-    assert Counter(off) == EXPLAINED
+    assert [row for row, exact in found if precision.off(row, exact) > 1] == []
 
 
 def test_what_is_found_in_16_bits_is_found_in_fp32() -> None:

@@ -237,6 +237,31 @@ def test_the_noise_of_weights_is_that_of_the_precision_which_a_pass_reads_them_i
     assert all(a > 50 * b for a, b in zip(inside, exact, strict=True))
 
 
+def nearly(model: nn.Module, step: int) -> tuple[Tensor, int]:
+    """As kernels that do not repeat are in 16 bits."""
+    total, tokens = cross_entropy(model, step)
+    return total * (1 + 5e-4), tokens
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return nn.Sequential(nn.Linear(16, 16), model)
+
+
+@pytest.mark.filterwarnings("ignore:critical sharpness")
+@pytest.mark.parametrize(
+    ("wrap", "status"),
+    [(nn.Sequential, "failed"), (AutocastInside, "found"), (compiled, "found")],
+)
+def test_in_16_bits_a_replay_may_be_further_off(
+    wrap: Callable[[nn.Module], nn.Module], status: str
+) -> None:
+    """And in a compiled module, of which it is not known what it computes in."""
+    model = network(wrap)
+    (first, *_), _, _ = train(nearly, gives=lambda total, tokens: (total, tokens), model=model)
+    assert first.status == status
+
+
 def test_nothing_is_left_on_the_modules_that_were_asked_for_their_precision() -> None:
     model = network(AutocastInside)
     _, _, sharpness = train(model=model, every=STEPS)

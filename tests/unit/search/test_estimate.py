@@ -99,6 +99,8 @@ def test_a_batch_that_is_memorized(excess: float) -> None:
             slope=(excess * slope - rise * rate) / critical,
         )
         assert result.eta is not None and result.error is not None
+        assert result.lower is not None and result.upper is not None
+        assert result.error <= (result.upper / result.lower - 1) / math.sqrt(12)
         errors.append(abs(result.eta / critical - 1))
         stated.append(result.error)
     within = sum(error <= 2 * told for error, told in zip(errors, stated, strict=True))

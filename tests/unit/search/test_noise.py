@@ -149,3 +149,18 @@ def test_a_guess_far_above_a_steep_loss_comes_back_to_where_a_fall_can_be_seen(
         )
         assert result.status == "found", (seed, result)
         assert result.evaluations <= 16
+
+
+def steep(eta: float) -> float:
+    return 3.0 + eta * (eta**5 - 1)
+
+
+def test_no_probe_is_nearer_than_weights_follow_the_line_where_it_need_not_be() -> None:
+    result = find_critical_lr(steep, loss=3.0, guess=1e4, slope=1.0, noise=1e-7, resolution=0.05)
+    assert result.status == "found" and min(probe.lr for probe in result.probes) >= 0.05
+
+
+def test_a_fall_that_the_slope_says_cannot_be_seen_is_not_looked_for() -> None:
+    """At η_c the slope promises twice the noise, and four times stand out."""
+    result = find_critical_lr(steep, loss=3.0, guess=1e4, slope=1.0, noise=0.5)
+    assert result.status == "noise_limited" and result.evaluations <= 6
