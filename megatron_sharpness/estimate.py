@@ -25,7 +25,7 @@ from megatron_sharpness.errors import InputError
 
 #: Defaults of the command's flags. A copy reaches about 80 % of the 3350 GB/s of an H100 SXM, one
 #: 400 Gb/s adapter for each GPU brings 50 GB/s, and a dense model computes 40 % of the peak. In
-#: a long training the certified search takes so many passes: benchmarks/passes.py has 2.55 from the
+#: a long training the certified search takes so many passes: benchmarks/passes.py has 2.56 from the
 #: last step's η_c, and benchmarks/training.py 2.5 from that of 100 iterations before.
 MEMORY_BANDWIDTH = 2680.0
 NETWORK_BANDWIDTH = 50.0
