@@ -68,7 +68,7 @@ def test_a_case_by_hand() -> None:
     gather = run.gathered / 1e5
     assert cost.probe == pytest.approx(1.0 + 10 * run.owned / 1e6 + gather)
     assert cost.measurement == pytest.approx(
-        (8 + 12 + 6) * run.owned / 1e6 + gather + 3 * cost.probe
+        (8 + 180 + 6) * run.owned / 1e6 + gather + 3 * cost.probe
     )
     assert cost.overhead(10, 2.0) == pytest.approx(cost.measurement / 20)
 
@@ -78,7 +78,7 @@ def test_fp32_without_the_distributed_optimizer_copies_twice_and_gathers_nothing
     assert run.owned == run.parameters and run.gathered == 0
     assert run.memory == 8 * run.owned
     cost = cost_of(run)
-    assert cost.measurement == pytest.approx(3.0 + (16 + 12 + 3 * 12 + 8) * run.owned / 1e6)
+    assert cost.measurement == pytest.approx(3.0 + (16 + 180 + 3 * 12 + 8) * run.owned / 1e6)
 
 
 def test_offloaded_copies_cross_to_the_host() -> None:
