@@ -48,7 +48,7 @@ class Certified(Strategy):
             sign, end, known = 1, max(made), max(probes.below, default=max(made))
         else:
             sign, end, known = -1, min(made), min(probes.above)
-        if (eta := self.ascent(min(made)) or self.hopeless(out, end)) is not None:
+        if (eta := self.ascent(min(made)) or self.hopeless(out, end, known)) is not None:
             return eta
         root, grown = predict(probes), 4.0 ** max(0, count - 2)
         if root is None:
@@ -73,13 +73,12 @@ class Certified(Strategy):
         nearest = max(math.sqrt(hidden) * math.sqrt(end), resolution if resolution < end else 0.0)
         return max(eta, nearest)
 
-    def hopeless(self, out: bool, end: float) -> Ending | None:
+    def hopeless(self, out: bool, end: float, known: float) -> Ending | None:
         """Why the other side of η_c will not be met."""
         probes = self.probes
         if out and (promised := probes.promised(end)) > BEYOND:
             reason = f"the slope promises a fall by {promised:.0e}·L(θ), and nothing has risen yet"
             return Ending("no_upper", f"at η = {end:.3g} {reason}")
-        known = min(probes.above, default=math.inf)
         hidden = probes.noise and known * (1 - self.tolerance) <= probes.promises(HIDDEN)
         if not out and (hidden or len(probes.level) > MOST_LEVEL):
             return Ending("noise_limited")

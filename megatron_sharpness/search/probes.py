@@ -72,8 +72,8 @@ class Probes:
 
     def promises(self, times: float) -> float:
         """η at which the slope promises a fall of so many times the noise; 0 if none is given."""
-        slope = self.slope if self.slope is not None and 0 < self.slope < math.inf else math.inf
-        return times * self.noise / slope
+        given = self.descent if self.slope is not None else None
+        return times * self.noise / (given or math.inf)
 
     @property
     def finite(self) -> list[Probe]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,7 @@ class Ending:
 
 
 @dataclass
-class Strategy:
+class Strategy(ABC):
     """One search. A subclass says where to probe next.
 
     Attributes:
@@ -53,13 +54,13 @@ class Strategy:
     closing: bool = False
     asked: float | Ending | None = None
 
+    @abstractmethod
     def inside(self, lower: float, upper: float) -> float:
         """The next η between the ends of a bracket; the middle is taken if it is not in there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outside(self) -> float | Ending:
         """The next η where there is no bracket yet, or why there will be none."""
-        raise NotImplementedError
 
     @property
     def window(self) -> float:

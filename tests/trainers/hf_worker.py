@@ -247,33 +247,39 @@ class Runs:
         return result
 
 
-class TrainerThatAveragesMeans(Trainer):
+class TrainerWithALossOfItsOwn(Trainer):
+    """Differentiates what :meth:`own_loss` gives."""
+
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
+        """The loss, and the outputs of the model."""
+        return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, outputs = self.own_loss(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+class TrainerThatAveragesMeans(TrainerWithALossOfItsOwn):
     """Calls the model as before there was num_items_in_batch."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
         outputs = model(**inputs)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        return outputs["loss"], outputs
 
 
-class TrainerThatAddsToTheLoss(Trainer):
+class TrainerThatAddsToTheLoss(TrainerWithALossOfItsOwn):
     """What is differentiated is more than the model's own loss."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        loss = outputs["loss"] + 0.01 * outputs.logits.float().logsumexp(-1).square().mean()
-        return (loss, outputs) if return_outputs else loss
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
+        outputs = model(**inputs, num_items_in_batch=items)
+        more = 0.01 * outputs.logits.float().logsumexp(-1).square().mean()
+        return outputs["loss"] + more, outputs
 
 
 def refusals(runs: Runs) -> list[str]:
