@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,10 +37,12 @@ from megatron_sharpness.self_test import (
     STILL,
     WrongLoss,
     agrees,
+    disturbed,
     is_exact,
     repeat_error,
     replay_error,
     slope_ratio,
+    still,
     wrong_slope,
 )
 from megatron_sharpness.settings import Settings
@@ -54,7 +55,10 @@ class Sink(Protocol):
 
 
 class ProbeError(RuntimeError):
-    """A loss could not be evaluated. Adapters raise it on all ranks together."""
+    """A step could not be measured, or a loss not be evaluated; the message is the reason.
+
+    Adapters raise it on all ranks together.
+    """
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Step:
             (:mod:`megatron_sharpness.products`).
         resolution: η below which rounded weights do not follow the line; 0 if none.
         coarse: whether the forward pass computes in 16 bits, or may do so.
-        skipped: the optimizer did not step.
+        skipped: why the optimizer did not step, if so.
         failed: why the step could not be observed, if so.
         started: ``time.perf_counter()`` when the measurement began.
 
@@ -87,7 +91,7 @@ class Step:
     resolution: float = 0.0
     update_norm: float | None = None
     coarse: bool = True
-    skipped: bool = False
+    skipped: str | None = None
     failed: str | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -135,25 +139,30 @@ class Meter:
     sinks: Sequence[Sink] = ()
     warn: Callable[[str], object] = warnings.warn
     state: MeterState = field(default_factory=MeterState)
+    #: Why nothing more is measured, if so.
+    ended: str | None = None
+    _watched: bool = False
+    _silent: set[int] = field(default_factory=set)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the coming measurement is to be watched: the first one, or each."""
+        return self.ended is None and (self.settings.watch == "always" or not self._watched)
 
     def measure(self, step: Step, loss_at: LossAt) -> Measurement:
-        """Find η_c of ``step`` and write the record to the sinks.
+        """Find η_c of ``step``. The record is for :meth:`write`.
 
         The first measurement of a run tests what is evaluated, as
         :mod:`megatron_sharpness.self_test` says. From then on the training loss, where it is known,
         is L(θ), and costs nothing.
-
-        Raises:
-            ProbeError: the measurement failed and ``settings.on_error`` is ``raise``. The record
-                has been written by then.
         """
         if self.state.slope_agrees is False:
             step = replace(step, slope=None)
-        record = _unmeasured(step, TRAIN)
+        record = self._unmeasured(step, TRAIN)
         if record is None:
             record = self._measured(step, loss_at)
         self.state.measurements += 1
-        return self._written(step, record)
+        return replace(record, seconds=time.perf_counter() - step.started)
 
     def measure_others(
         self, step: Step, names: Iterable[str], losses_at: LossesAt
@@ -170,18 +179,44 @@ class Meter:
             losses_at: what evaluates some of them at one η.
 
         Returns:
-            The records by name, written to the sinks. Their ``seconds`` are those of all together.
-
-        Raises:
-            ProbeError: a measurement failed and ``settings.on_error`` is ``raise``.
+            The records by name, for :meth:`write`. Their ``seconds`` are those of all together.
         """
         if not (names := list(names)):
             return {}
         slope = step.slope if self.state.slope_agrees is not False else None
         step = replace(step, started=time.perf_counter(), slope=slope)
-        unmeasured = {name: record for name in names if (record := _unmeasured(step, name))}
+        unmeasured = {name: record for name in names if (record := self._unmeasured(step, name))}
         records = unmeasured or self._measured_others(step, names, losses_at)
-        return {name: self._written(step, records[name]) for name in names}
+        seconds = time.perf_counter() - step.started
+        return {name: replace(records[name], seconds=seconds) for name in names}
+
+    def write(
+        self, records: Mapping[str, Measurement], changed: Sequence[str] | None = None
+    ) -> dict[str, Measurement]:
+        """Write the records of one step to the sinks.
+
+        Args:
+            records: by name of the data.
+            changed: what a watch has found to be changed by the measurement; None without one. If
+                it is anything, the records are without a number and nothing more is measured.
+
+        Returns:
+            The records as they were written.
+
+        Raises:
+            ProbeError: a measurement failed and ``settings.on_error`` is ``raise``. The records
+                have been written by then.
+        """
+        self._watched |= changed is not None
+        if changed:
+            self.ended = disturbed(changed)
+            records = {name: _without_number(r, self.ended) for name, r in records.items()}
+        for record in records.values():
+            self._write(record)
+        failed = next((r for r in records.values() if r.status == "failed"), None)
+        if failed is not None and self.settings.on_error == "raise":
+            raise ProbeError(failed.reason)
+        return dict(records)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers, for a checkpoint.
@@ -226,9 +261,11 @@ class Meter:
                 max_evaluations=self.settings.max_evaluations,
             )
             record = replace(record, tokens=tokens, evaluations=search.evaluations)
+            if _is_still(step, search, noise):
+                raise WrongLoss(still(search.probes[0].loss))
             found = self._test_slope(step, _read(step, record, search), search, loss_alone)
-        except WrongLoss as wrong:
-            return replace(record, reason=str(wrong))
+        except (WrongLoss, ProbeError) as error:
+            return replace(record, reason=str(error))
         except Exception as error:  # whatever it is, the run goes on
             return replace(record, reason=f"{type(error).__name__}: {error}")
         self._remember(found)
@@ -263,7 +300,8 @@ class Meter:
                 max_evaluations=self.settings.max_evaluations,
             )
         except Exception as error:  # whatever it is, the run goes on
-            reason = f"{type(error).__name__}: {error}"
+            kind = "" if isinstance(error, ProbeError) else f"{type(error).__name__}: "
+            reason = f"{kind}{error}"
             return {name: replace(record, reason=reason) for name, record in records.items()}
         for name, search in searches.items():
             record = replace(records[name], noise=noises[name], evaluations=search.evaluations)
@@ -365,22 +403,28 @@ class Meter:
             )
         return replace(record, slope=None, directional_sharpness=None)
 
-    def _written(self, step: Step, record: Measurement) -> Measurement:
-        """The record with its time, written to the sinks."""
-        record = replace(record, seconds=time.perf_counter() - step.started)
+    def _write(self, record: Measurement) -> None:
         for sink in self.sinks:
             try:
                 sink.write(record)
-            except Exception:
+            except Exception as error:
                 if self.settings.on_error == "raise":
                     raise
-                self.warn(
-                    f"critical sharpness: {type(sink).__name__} could not write iteration "
-                    f"{step.iteration}:\n{traceback.format_exc()}"
-                )
-        if record.status == "failed" and self.settings.on_error == "raise":
-            raise ProbeError(record.reason)
-        return record
+                if id(sink) not in self._silent:
+                    self._silent.add(id(sink))
+                    self.warn(
+                        f"critical sharpness: {type(sink).__name__} could not write iteration "
+                        f"{record.iteration} ({type(error).__name__}: {error}); this is said once"
+                    )
+
+    def _unmeasured(self, step: Step, name: str) -> Measurement | None:
+        """The record where there is no update to go along, or no more measuring."""
+        record = _blank(step, name)
+        if (reason := self.ended or step.failed) is not None:
+            return replace(record, reason=reason)
+        if step.skipped is not None:
+            return replace(record, status="skipped_step", reason=step.skipped)
+        return replace(record, status="zero_lr") if step.lr == 0.0 else None
 
 
 def _same(step: Step) -> float:
@@ -412,14 +456,20 @@ def _blank(step: Step, name: str) -> Measurement:
     return replace(record, edge_of_stability=line, edge_of_stability_preconditioned=other)
 
 
-def _unmeasured(step: Step, name: str) -> Measurement | None:
-    """The record where there is no update to go along."""
-    record = _blank(step, name)
-    if step.failed is not None:
-        return replace(record, reason=step.failed)
-    if step.skipped:
-        return replace(record, status="skipped_step")
-    return replace(record, status="zero_lr") if step.lr == 0.0 else None
+def _without_number(record: Measurement, reason: str) -> Measurement:
+    """The record of a measurement that is not to be trusted, with what was known before it."""
+    kept = ("iteration", "consumed_samples", "lr", "batch", "seconds", "evaluations")
+    values = {name: getattr(record, name) for name in kept}
+    return Measurement(**values, status="failed", reason=reason)
+
+
+def _is_still(step: Step, search: SearchResult, noise: float) -> bool:
+    """Whether the loss is the same wherever it was looked, though the slope promises to be seen."""
+    if len(search.probes) < 3 or len({probe.loss for probe in search.probes}) > 1:
+        return False
+    farthest = max(probe.lr for probe in search.probes)
+    seen = step.slope is None or abs(step.slope) * farthest > SEEN * noise
+    return seen and math.isfinite(search.probes[0].loss) and farthest > step.resolution
 
 
 def _read(step: Step, record: Measurement, search: SearchResult) -> Measurement:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_sharpness.meter import ProbeError
 
@@ -31,42 +30,44 @@ class RandomStates:
         if self._device is not None:
             _device_module().set_rng_state(self._device)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RandomStates) and self.values() == other.values()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def values(self) -> dict[str, Any]:
+        """The states as they can be compared, by name."""
+        kind, keys, *rest = self._numpy
+        tensors = {"torch": self._cpu, "device": self._device}
+        return {
+            "python": self._python,
+            "numpy": (kind, np.asarray(keys).tobytes(), *rest),
+            **{name: t.numpy().tobytes() for name, t in tensors.items() if t is not None},
+        }
+
 
 def _device_module() -> Any:
     return torch.get_device_module(torch.accelerator.current_accelerator())
 
 
-class Buffers:
-    """The buffers of modules as they are: which tensors, and what is in them."""
-
-    @torch.no_grad()
-    def __init__(self, models: Iterable[nn.Module]) -> None:
-        self._saved = [
-            (module, name, buffer, buffer.detach().clone())
-            for model in models
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for module, name, buffer, copy in self._saved:
-            buffer.copy_(copy)
-            if getattr(module, name) is not buffer:  # a forward pass may assign a new tensor
-                setattr(module, name, buffer)
-
-
 def reduce_loss(
-    loss: Tensor | float, tokens: Tensor | float, error: Exception | None, device: torch.device
+    loss: Tensor | float,
+    weight: Tensor | float,
+    error: Exception | None,
+    device: torch.device,
+    *,
+    tokens: Tensor | float | None = None,
 ) -> tuple[float, int]:
-    """Mean loss a token over all ranks, and the number of tokens. Collective.
+    """Mean loss over all ranks, and the number of tokens. Collective.
 
     The sums of the ranks are added in fp64, never the means. An error on any rank travels in the
     same reduction, so that all ranks give up together.
 
     Args:
         loss: this rank's sum of losses, in nats. A tensor on ``device`` is not waited for.
-        tokens: the tokens that it was summed over.
+        weight: what it is divided by, summed over the ranks: as a rule the tokens that it was
+            summed over.
+        tokens: of the batch, where they are not the weight.
         error: why this rank has no loss, if so.
         device: where the process group reduces.
 
@@ -76,15 +77,15 @@ def reduce_loss(
     Raises:
         ProbeError: ``error`` was given on some rank.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     if error is None:
-        sums[0], sums[1] = loss, tokens
+        sums[0], sums[1], sums[2] = loss, weight, weight if tokens is None else tokens
     else:
-        sums[2] = 1.0
-    total, count, failures = all_sum(sums, device).tolist()
+        sums[3] = 1.0
+    total, weights, count, failures = all_sum(sums, device).tolist()
     if failures:
         raise ProbeError(first_error(error))
-    return (total / count if count else float("nan")), int(count)
+    return (total / weights if weights else float("nan")), int(count)
 
 
 def all_sum(values: Tensor, device: torch.device) -> Tensor:
@@ -104,9 +105,14 @@ def all_max(values: Tensor, device: torch.device) -> Tensor:
     return values
 
 
+def reason_of(error: Exception) -> str:
+    """An error in a record: what is ours says all, others begin with their kind."""
+    return str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+
+
 def first_error(error: Exception | None) -> str:
     """The error of the lowest rank that has one, and which rank that is. Collective."""
-    text = None if error is None else f"{type(error).__name__}: {error}"
+    text = None if error is None else reason_of(error)
     if not dist.is_initialized():
         return text or ""
     errors: list[Any] = [None] * dist.get_world_size()

@@ -7,7 +7,7 @@ What does not pass is no number but a :class:`WrongLoss`, whose message is the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_sharpness.search import Probe
 
@@ -33,6 +33,9 @@ NEXT_TO_LOSS, NEXT_TO_CRITICAL = 0.01, 1 / 16
 #: was seen at half its slope: where a second look cannot be taken nearer to θ, one disagrees by
 #: four.
 SEEN, AGREES, DISAGREES = 10.0, 1.8, 4.0
+
+#: Names that a reason holds.
+NAMED = 8
 
 #: A loss that falls by no more than this part of what the slope says does not follow the weights.
 STILL = 0.01
@@ -143,6 +146,28 @@ def wrong_slope(ratio: float) -> str:
         f"next to θ the loss falls {ratio:.3g} times as fast as its gradient says. Likely causes: "
         "a mean where the sum of losses is to be returned, or another number of tokens; another "
         "batch than the step's own (that is a loss on other data), or another loss; gradients that "
-        "were clipped, where grad_norm is not given; weights that the optimizer steps, and the "
-        "model does not read"
+        "were clipped by norm, where grad_norm is not given, or by value (where `loss` is given, "
+        "too, the slope alone is left out then); weights that the optimizer steps, and the model "
+        "does not read"
+    )
+
+
+def still(loss: float) -> str:
+    """What to say of a loss that does not change along the update."""
+    return (
+        f"the loss is {loss:.6g} wherever along the update, so that the model does not read the "
+        "parameters that the optimizer steps. Likely causes: fp32 copies of the weights beside the "
+        "model, which the loop writes into it (have evaluate do that first, too); another model's "
+        "optimizer; a loss that is a constant"
+    )
+
+
+def disturbed(changed: Sequence[str]) -> str:
+    """What to say of a measurement that has changed what training reads later, by name."""
+    more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+    return (
+        f"the measurement has changed what training reads later: {', '.join(changed[:NAMED])}"
+        f"{more}. What could be put back was, and no further step of this run is measured. What a "
+        "forward pass changes in the model is kept; what it changes elsewhere has to be named "
+        "(`keep`), or to be written in training steps alone"
     )

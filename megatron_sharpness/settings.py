@@ -25,6 +25,8 @@ class Settings:
         initial_guess: learning rate at which the very first search starts; the step's own if None.
         max_evaluations: most forward passes that one search may spend.
         on_error: what a failed measurement does to the run.
+        watch: which measurements are watched, whether they leave everything that training reads
+            later as it was: the ``first`` of a run, or ``always``.
 
     Raises:
         SettingError: a value cannot be used; the message names it, the reason and the remedy.
@@ -36,11 +38,14 @@ class Settings:
     initial_guess: float | None = None
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
+    watch: Literal["first", "always"] = "first"
 
     def __post_init__(self) -> None:
-        if self.every < 0:
+        if not _is_count(self.every) or self.every < 0:
             raise SettingError(
-                "every", self.every, "an interval is positive; give 100, or 0 to switch it off"
+                "every",
+                self.every,
+                "an interval is a positive whole number; give 100, or 0 to switch it off",
             )
         if self.method not in get_args(Method):
             raise SettingError(
@@ -61,7 +66,7 @@ class Settings:
                 "a learning rate to start from is positive and finite; leave it out to start from "
                 "the step's own",
             )
-        if self.max_evaluations < 1:
+        if not _is_count(self.max_evaluations) or self.max_evaluations < 1:
             raise SettingError(
                 "max_evaluations",
                 self.max_evaluations,
@@ -69,10 +74,16 @@ class Settings:
             )
         if self.on_error not in ("warn", "raise"):
             raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
+        if self.watch not in ("first", "always"):
+            raise SettingError("watch", self.watch, "give 'first' or 'always'")
 
     def due(self, iteration: int) -> bool:
         """Whether the interval divides ``iteration``."""
         return self.every > 0 and iteration % self.every == 0
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_names(names: Iterable[str]) -> None:

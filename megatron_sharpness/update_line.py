@@ -63,8 +63,13 @@ class UpdateLine:
         self._starts = [self._copy(shard.main) for shard in self.shards]
 
     @torch.no_grad()
-    def end(self) -> None:
-        """Take θ_{t+1}: the main parameters themselves, or a copy where probes overwrite them."""
+    def end(self, shards: Sequence[Shard] | None = None) -> None:
+        """Take θ_{t+1}: the main parameters themselves, or a copy where probes overwrite them.
+
+        Args:
+            shards: where the same elements lie now, if a step may put tensors in others' places.
+        """
+        self.shards = self.shards if shards is None else shards
         self._ends = [
             self._copy(shard.main) if shard.aliased else shard.main.detach()
             for shard in self.shards

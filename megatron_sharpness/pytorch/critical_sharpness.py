@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,9 +13,9 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import TRAIN, Measurement
-from megatron_sharpness.meter import Meter, Sink
+from megatron_sharpness.meter import Meter, ProbeError, Sink, Step
 from megatron_sharpness.pytorch.step import Evaluate, LossSum, ObservedStep
-from megatron_sharpness.pytorch.support import refuse_unsupported
+from megatron_sharpness.pytorch.support import inner_optimizer, refuse_unsupported
 from megatron_sharpness.settings import Settings, check_names
 
 
@@ -50,6 +51,9 @@ class CriticalSharpness:
         frozen: train nothing. Every step is taken back, while the optimizer's moments go on; the
             first so many steps are for the moments alone, and not measured. None, the default,
             trains.
+        keep: objects beside the model that a forward pass changes and that training reads later,
+            such as a normalizer's running statistics or a generator. What is in them is kept as
+            what is in the model is: tensors, numbers, generators, containers of them.
         settings: the other fields of :class:`~megatron_sharpness.settings.Settings`.
 
     Raises:
@@ -67,9 +71,11 @@ class CriticalSharpness:
         offload: Literal["none", "cpu"] = "none",
         losses: Mapping[str, Evaluate] | None = None,
         frozen: int | None = None,
+        keep: Sequence[object] = (),
         **settings: Any,
     ) -> None:
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = [inner_optimizer(entry) for entry in given]
         self._settings = Settings(every=every, **settings)
         refuse_unsupported(model, optimizers, mode=mode, offload=offload)
         self._model = model
@@ -83,10 +89,13 @@ class CriticalSharpness:
         self.records: dict[str, Measurement] = {}
         self._mode = mode
         self._offload = offload == "cpu"
+        self._keep = {f"keep {i} ({type(kept).__name__})": kept for i, kept in enumerate(keep)}
         writes = not dist.is_initialized() or dist.get_rank() == 0
         self._warn: Callable[[str], object] = warnings.warn if writes else lambda message: None
         self._meter = Meter(self._settings, sinks if writes else (), self._warn)
         self._previous: int | None = None
+        self._stride = 1
+        self._told = False
         # The number of the first step is not known before it is over.
         self._observed = self._observe() if every or frozen is not None else None
 
@@ -110,7 +119,7 @@ class CriticalSharpness:
         model.
 
         Args:
-            step: number of the step; the next one's is ``step + 1``.
+            step: number of the step, consecutive, or growing by the same number each time.
             evaluate: runs the step's own micro-batches through the model, forward only, in the
                 order of the training step, and returns this rank's sum of losses and number of
                 tokens. A rank that holds no loss, or repeats another's, returns zeros. It is called
@@ -129,13 +138,13 @@ class CriticalSharpness:
             ProbeError: the measurement failed, and ``on_error`` is ``raise``.
         """
         observed, self._observed = self._observed, None
-        previous, self._previous = self._previous, step
+        previous = self._count(step)
         try:
             if not self._observes(step):
                 return None
             if observed is None:
                 observed = self._observe()
-                observed.error = RuntimeError(
+                observed.error = ProbeError(
                     f"step {step} came after step {previous}: after_step is to be called after "
                     "every optimizer step, with consecutive numbers"
                 )
@@ -144,43 +153,28 @@ class CriticalSharpness:
                     "critical sharpness: the model given was not called in the training step, so "
                     "that its dropout masks cannot be replayed; give it as the loop calls it"
                 )
-            if self._frozen is not None and observed.failure is not None:
-                raise RuntimeError(f"step {step} could not be taken back") from observed.failure
-            with observed.replaying(
+            records = self._measure(
+                observed,
+                step,
                 evaluate,
-                self._losses,
-                eval_mode=self._mode == "eval",
-                frozen=self._frozen is not None,
-            ) as (loss_at, losses_at):
-                if not self._measures(step):
-                    return None
-                seen = observed.agree(
-                    step,
-                    trained=self._mode == "train",
-                    loss=loss,
-                    grad_norm=grad_norm,
-                    consumed_samples=consumed_samples,
-                )
-                record = self._meter.measure(
-                    seen, lambda learning_rate: loss_at(learning_rate / seen.lr)
-                )
-                others = self._meter.measure_others(
-                    seen,
-                    self._losses,
-                    lambda learning_rate, names: losses_at(learning_rate / seen.lr, names),
-                )
-            self.records = {TRAIN: record, **others}
+                loss=loss,
+                grad_norm=grad_norm,
+                consumed_samples=consumed_samples,
+            )
+            if records is None:
+                return None
+            self.records = records
         finally:
             if observed is not None:
                 observed.release()
-            if self._observes(step + 1):
+            if self._observes(step + self._stride):
                 self._observed = self._observe()
         for measurement in self.records.values():
             if measurement.status == "failed":
                 self._warn(
                     f"critical sharpness of step {step} was not measured: {measurement.reason}"
                 )
-        return record
+        return self.records[TRAIN]
 
     def scalars(self) -> dict[str, float]:
         """Tag → value of all records of the last measurement, for a logger."""
@@ -204,6 +198,51 @@ class CriticalSharpness:
         """Go on from :meth:`state_dict`."""
         self._meter.load_state_dict(state_dict)
 
+    def _measure(
+        self, observed: ObservedStep, step: int, evaluate: Evaluate, **given: Any
+    ) -> dict[str, Measurement] | None:
+        """The records, written; None where the step is only taken back."""
+        meter = self._meter
+        if observed.joining:  # ranks that have run out of data take part in nothing
+            return meter.write({TRAIN: meter.measure(Step(step, lr=0.0, failed=JOINING), _no_loss)})
+        observed.find_error()
+        if self._frozen is not None:
+            observed.check_undoable(step)
+        measures = self._measures(step)
+        with observed.replaying(
+            evaluate,
+            self._losses,
+            eval_mode=self._mode == "eval",
+            frozen=self._frozen is not None,
+            watched=measures and meter.watches,
+        ) as (loss_at, losses_at):
+            if not measures:
+                return None
+            seen = observed.agree(step, trained=self._mode == "train", **given)
+            record = meter.measure(seen, lambda learning_rate: loss_at(learning_rate / seen.lr))
+            others = meter.measure_others(
+                seen,
+                self._losses,
+                lambda learning_rate, names: losses_at(learning_rate / seen.lr, names),
+            )
+        return meter.write({TRAIN: record, **others}, observed.changes)
+
+    def _count(self, step: int) -> int | None:
+        """Take note of a step's number, and say so once where no number can be due."""
+        previous, self._previous = self._previous, step
+        if previous is None or step <= previous:
+            return previous
+        steady, self._stride = self._stride == step - previous, step - previous
+        every = self._settings.every
+        if every and steady and step % math.gcd(self._stride, every) and not self._told:
+            self._told = True
+            self._warn(
+                f"critical sharpness: every={every} divides none of the numbers {previous}, "
+                f"{step}, {step + self._stride}, … that after_step is given, so that nothing will "
+                "be measured; give the number of the optimizer step, or another `every`"
+            )
+        return previous
+
     def _measures(self, step: int) -> bool:
         return self._settings.due(step) and (self._frozen is None or step > self._frozen)
 
@@ -211,4 +250,15 @@ class CriticalSharpness:
         return self._frozen is not None or self._settings.due(step)
 
     def _observe(self) -> ObservedStep:
-        return ObservedStep(self._model, self._optimizers, offload=self._offload)
+        return ObservedStep(self._model, self._optimizers, keep=self._keep, offload=self._offload)
+
+
+#: Why nothing is measured under DDP's join.
+JOINING = (
+    "DDP.join(): ranks that have run out of data no longer take part in what all ranks have to do "
+    "together; give all ranks as many batches, and leave join out"
+)
+
+
+def _no_loss(learning_rate: float) -> tuple[float, int]:
+    raise AssertionError(f"a failed step has no loss at {learning_rate}")

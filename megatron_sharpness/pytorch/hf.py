@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
-from megatron_sharpness.pytorch.step import collective_device
+from megatron_sharpness.pytorch.passes import collective_device
 from megatron_sharpness.replay import all_sum
 
 try:

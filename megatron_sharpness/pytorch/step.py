@@ -10,23 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megatron_sharpness.meter import ProbeError, Step
 from megatron_sharpness.products import StepProducts
+from megatron_sharpness.pytorch.passes import RecordedPasses, collective_device
 from megatron_sharpness.pytorch.shards import ModelOnLines, ObservedOptimizer, largest_rates
-from megatron_sharpness.replay import (
-    Buffers,
-    RandomStates,
-    all_max,
-    all_sum,
-    first_error,
-    reduce_loss,
-)
+from megatron_sharpness.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
+from megatron_sharpness.state import State
+from megatron_sharpness.watch import Watch
 
 #: A sum of losses in nats and the number of tokens that it was summed over.
 LossSum = tuple[Tensor | float, Tensor | float]
@@ -41,31 +35,75 @@ LossAt = Callable[[float], tuple[float, int]]
 LossesAt = Callable[[float, Sequence[str]], dict[str, tuple[float, int]]]
 
 
+#: Why a step was skipped.
+NOT_CALLED = (
+    "optimizer.step() was not called since the last after_step, and the weights are what they were "
+    "(a loss scaler skips steps whose gradients overflow)"
+)
+NOT_MOVED = "optimizer.step() has left all weights as they were"
+
+
 class ObservedStep:
     """Watches a model and its optimizers through the next step.
 
     Attributes:
         error: why the step cannot be measured, if that is known from without.
+        changes: what the watch has found that the measurement has changed; None without a watch.
+
+    Args:
+        model: as the loop calls it.
+        optimizers: all that step its parameters.
+        keep: objects beside the model that a forward pass changes, by name.
+        offload: keep the copies of the parameters in host memory.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *, offload: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        keep: Mapping[str, object],
+        offload: bool,
+    ) -> None:
         self.error: Exception | None = None
+        self.changes: list[str] | None = None
         self._model = model
-        self._passes = RecordedPasses(model)
+        self._keep = keep
+        self._passes = RecordedPasses(model, keep, lambda: self._is_over)
         self._optimizers = [
             ObservedOptimizer(entry, lambda: self._passes.read_in, offload=offload)
             for entry in optimizers
         ]
+        self._loss_given = False
+        self._ambiguous = False
 
     @property
     def passes_seen(self) -> int:
         """How often the training step has called the model so far."""
-        return len(self._passes.states)
+        return len(self._passes.passes)
 
     @property
-    def failure(self) -> Exception | None:
-        """Why the step could not be observed, if so."""
-        return self.error or next((seen.error for seen in self._optimizers if seen.error), None)
+    def joining(self) -> bool:
+        """Whether the other ranks may have left the loop: under DDP's ``join``."""
+        return self._passes.joining
+
+    @property
+    def _is_over(self) -> bool:
+        return all(seen.steps for seen in self._optimizers)
+
+    def find_error(self) -> None:
+        """See whether the weights are where the update has ended; else that is the error."""
+        self.error = self.error or next(filter(None, (o.inspect() for o in self._optimizers)), None)
+
+    def check_undoable(self, number: int) -> None:
+        """Collective.
+
+        Raises:
+            RuntimeError: the step cannot be taken back.
+        """
+        failed = torch.tensor([self.error is not None], dtype=torch.float64)
+        if all_max(failed, collective_device()).item():
+            raise RuntimeError(f"step {number} cannot be taken back: {first_error(self.error)}")
 
     def release(self) -> None:
         """Take all hooks off and give the copies back."""
@@ -75,7 +113,13 @@ class ObservedStep:
 
     @contextlib.contextmanager
     def replaying(
-        self, evaluate: Evaluate, others: Mapping[str, Evaluate], *, eval_mode: bool, frozen: bool
+        self,
+        evaluate: Evaluate,
+        others: Mapping[str, Evaluate],
+        *,
+        eval_mode: bool,
+        frozen: bool,
+        watched: bool,
     ) -> Iterator[tuple[LossAt, LossesAt]]:
         """The loss along the update, and those on other data; in the end all is as it was.
 
@@ -83,13 +127,17 @@ class ObservedStep:
             evaluate: the step's own micro-batches through the model.
             others: other data through it, by name; in evaluation mode.
             eval_mode: whether ``evaluate`` is called in evaluation mode, too.
-            frozen: end at θ_t and not at θ_{t+1}, with the buffers from before the step.
+            frozen: end at θ_t and not at θ_{t+1}, with the state from before the step.
+            watched: compare everything that training reads later in the end. Collective.
         """
-        states, buffers = RandomStates(), Buffers([self._model])
-        if frozen and self._passes.buffers is not None:
-            buffers = self._passes.buffers
-        training = [(module, module.training) for module in self._model.modules()]
         lines = ModelOnLines(self._model, self._optimizers)
+        watch = None
+        if watched and not frozen:
+            lines.sync()  # the weights as the shards that they are in the end, too
+            watch = Watch(self._everything)
+        states, now = RandomStates(), State({"model": self._model, **self._keep})
+        at_the_end = self._passes.before if frozen and self._passes.passes else now
+        training = [(module, module.training) for module in self._model.modules()]
         moved = frozen
 
         def set_modes(*, as_trained: bool) -> None:
@@ -107,42 +155,70 @@ class ObservedStep:
             lines.sync()
             return error
 
-        def reduced(function: Evaluate, error: Exception | None) -> tuple[float, int]:
+        def reduced(
+            function: Evaluate, error: Exception | None, check: Callable[[], None]
+        ) -> tuple[float, int]:
             loss: Tensor | float = 0.0
             tokens: Tensor | float = 0.0
             try:  # whatever failed before: the other ranks wait in the model's collectives
                 with torch.no_grad():
                     loss, tokens = _sums(function())
+                check()
             except Exception as caught:
-                error = error or caught
+                error = error or _explained(caught)
             return reduce_loss(loss, tokens, error, collective_device())
+
+        def count_passes() -> None:
+            """Passes without gradients are the step's own if the evaluation makes them, too."""
+            self._ambiguous = False
+            again = contextlib.suppress(Exception)  # whatever it is, it comes again
+            with self._passes.replaying(strict=True) as replay, torch.no_grad(), again:
+                evaluate()
+            self._passes.choose(replay.calls)
 
         def loss_at(fraction: float) -> tuple[float, int]:
             error = move(fraction)
             set_modes(as_trained=not eval_mode)
-            with self._passes.replaying():
-                return reduced(evaluate, error)
+            if self._ambiguous and not eval_mode:
+                count_passes()
+            with self._passes.replaying(strict=not eval_mode) as replay:
+                return reduced(evaluate, error, lambda: replay.check(known=self._loss_given))
 
         def losses_at(fraction: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
             error = move(fraction)
             set_modes(as_trained=False)
             found = {}
             for name in names:
-                buffers.restore()
+                now.restore()
                 states.restore()
                 torch.clear_autocast_cache()
-                found[name] = reduced(others[name], error)
+                with self._passes.elsewhere():
+                    found[name] = reduced(others[name], error, lambda: None)
             return found
 
         try:
-            yield loss_at, losses_at
+            with self._passes.undisturbed():
+                yield loss_at, losses_at
         finally:
             if moved:
                 lines.move(0.0 if frozen else 1.0)
                 lines.sync()
             set_modes(as_trained=True)
-            buffers.restore()
+            at_the_end.restore()
             states.restore()
+        if watch is not None:
+            self.changes = watch.changes(collective_device())
+
+    def _everything(self) -> dict[str, object]:
+        """What training reads later."""
+        optimizers = [seen.optimizer for seen in self._optimizers]
+        names = [f"optimizer {i}" if i else "optimizer" for i in range(len(optimizers))]
+        return {
+            "model": self._model,
+            **dict(zip(names, optimizers, strict=True)),
+            **self._keep,
+            "random states": RandomStates().values(),
+        }
 
     def agree(
         self,
@@ -163,8 +239,9 @@ class ObservedStep:
             consumed_samples: for the record.
         """
         started = time.perf_counter()
-        error = self.failure
-        stepped = [seen for seen in self._optimizers if seen.stepped]
+        self._loss_given = loss is not None
+        error = self.error
+        stepped = [seen for seen in self._optimizers if seen.steps]
         rates = [(seen.lr, seen.weight_decay) for seen in stepped] or [
             largest_rates(seen.optimizer) for seen in self._optimizers
         ]
@@ -173,11 +250,15 @@ class ObservedStep:
                 error is not None,
                 not stepped,
                 self._passes.coarse,
+                self._passes.ambiguous,
+                not all(seen.slope_known for seen in stepped),
                 *(max(rate) for rate in zip(*rates, strict=True)),
             ],
             dtype=torch.float64,
         )
-        failed, skipped, coarse, lr, decay = all_max(flags, collective_device()).tolist()
+        failed, skipped, coarse, self._ambiguous, no_slope, lr, decay = all_max(
+            flags, collective_device()
+        ).tolist()
         seen = Step(
             iteration=number,
             consumed_samples=consumed_samples,
@@ -186,7 +267,7 @@ class ObservedStep:
             beta1=_beta1([seen.optimizer for seen in self._optimizers]),
             trained=trained,
             coarse=bool(coarse),
-            skipped=bool(skipped),
+            skipped=NOT_CALLED if skipped else None,
             failed=first_error(error) if failed else None,
             started=started,
         )
@@ -196,7 +277,7 @@ class ObservedStep:
         products = StepProducts(*all_sum(sums, collective_device()).tolist())
         # A fused optimizer under loss scaling decides on the device whether it steps.
         if products.squared_update == 0.0:
-            return dataclasses.replace(seen, skipped=True)
+            return dataclasses.replace(seen, skipped=NOT_MOVED)
         clip = 1.0
         if grad_norm is not None and 0.0 < (norm := float(_whole(grad_norm))) < math.inf:
             clip = math.sqrt(products.squared_gradient) / norm
@@ -207,113 +288,21 @@ class ObservedStep:
         return dataclasses.replace(
             seen,
             training_loss=training_loss,
-            slope=products.decrease / lr / clip if clip else 0.0,
+            slope=None if no_slope else products.decrease / lr / clip if clip else 0.0,
             noise=products.noise(clip) if clip else 0.0,
             resolution=products.resolution(lr),
             update_norm=math.sqrt(products.squared_update) / lr,
         )
 
 
-class RecordedPasses:
-    """The random states of a step's forward passes, and the buffers before the first of them.
-
-    Attributes:
-        states: of each pass, in order.
-        buffers: None before the first pass.
-        read_in: the narrowest type that a pass has read weights in, None before the first pass.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.states: list[RandomStates] = []
-        self.buffers: Buffers | None = None
-        self.read_in: torch.dtype | None = None
-        self._handles = [model.register_forward_pre_hook(self._record)]
-
-    @property
-    def coarse(self) -> bool:
-        """Whether a pass has read weights in 16 bits, or may have done so out of sight."""
-        if self.read_in is None or torch.finfo(self.read_in).bits < 32:
-            return True
-        return any(_is_compiled(module) for module in self._model.modules())
-
-    def release(self) -> None:
-        """Record no further passes."""
-        for handle in self._handles:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Within it the passes draw what they have drawn in training."""
-        if self.buffers is None:
-            # The loop calls the model in another way than through the module that was given.
-            self.states, self.buffers = [RandomStates()], Buffers([self._model])
-        self.buffers.restore()
-        self.states[0].restore()
-        torch.clear_autocast_cache()  # it may hold casts of other weights
-        states = iter(self.states)
-
-        def set_random_states(*_: Any) -> None:
-            if (recorded := next(states, None)) is not None:
-                recorded.restore()
-
-        self.release()
-        handle = self._model.register_forward_pre_hook(set_random_states)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _record(self, *_: Any) -> None:
-        if not torch.is_grad_enabled():  # an evaluation between the steps
-            return
-        if self.buffers is None:
-            self.buffers = Buffers([self._model])
-            self._note_type(self._model)
-            for module in _eager_owners(self._model):
-                self._note_type_once(module)
-        self.states.append(RandomStates())
-
-    def _note_type_once(self, module: nn.Module) -> None:
-        """Note the type in which a module reads its weights at its next call."""
-
-        def note(*_: Any) -> None:
-            handle.remove()
-            self._note_type(module)
-
-        handle = module.register_forward_pre_hook(note)
-        self._handles.append(handle)
-
-    def _note_type(self, module: nn.Module) -> None:
-        weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-        kinds = {p.device.type for p in weights} or {"cpu", collective_device().type}
-        types = [p.dtype for p in weights]
-        types += [torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)]
-        if self.read_in is not None:
-            types.append(self.read_in)
-        self.read_in = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=None)
-
-
-def _eager_owners(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that hold matrices, but for those in compiled ones: a hook would compile anew."""
-    if _is_compiled(module):
-        return
-    if any(p.is_floating_point() and p.dim() > 1 for p in module.parameters(recurse=False)):
-        yield module
-    for child in module.children():
-        yield from _eager_owners(child)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return scripted or isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-
-
-def collective_device() -> torch.device:
-    """Where the default process group reduces."""
-    if not dist.is_initialized() or "cpu:" in dist.get_backend_config():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def _explained(error: Exception) -> Exception:
+    """What went wrong in an evaluation, and what to do where that is known."""
+    if isinstance(error, RuntimeError) and "require grad" in str(error):
+        return ProbeError(
+            f"{error}. evaluate is called under no_grad: compute a loss that differentiates itself "
+            "in `with torch.enable_grad():`, and return it detached"
+        )
+    return error
 
 
 def _whole(value: Tensor | float) -> Tensor | float:
@@ -347,6 +336,11 @@ def _sums(given: Any, name: str = "evaluate()") -> LossSum:
             "and number of tokens"
         )
     loss, tokens = given
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise TypeError(
+            f"{name} has a loss of shape {tuple(loss.shape)}; it is to be the sum of losses, one "
+            "number: reduction='sum'"
+        )
     if isinstance(loss, Tensor) and loss.is_floating_point() and loss.dtype.itemsize < 4:
         raise TypeError(
             f"{name} has a loss in {loss.dtype}, too coarse to compare; compute the loss in fp32, "

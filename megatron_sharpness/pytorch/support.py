@@ -6,12 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.pytorch.shards import local, stepped
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of accelerate's, which steps it where it steps at all."""
+    while type(optimizer).__module__ == "accelerate.optimizer":
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
 
 
 def refuse_unsupported(
@@ -66,6 +73,12 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
         raise InputError(
             "optimizer: LBFGS searches its own step, so that no learning rate belongs to its "
             "update; use a first-order optimizer"
+        )
+    if isinstance(optimizer, PostLocalSGDOptimizer):
+        raise InputError(
+            "optimizer: PostLocalSGDOptimizer averages the weights of the ranks now and then, and "
+            "in between each rank has weights of its own, so that there is no one θ; train with "
+            "DDP's own averaging of gradients"
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise InputError(

@@ -1,0 +1,240 @@
+"""What objects hold, kept and put back: tensors, numbers, flags, generators, containers of them.
+
+A forward pass may change more than buffers: hidden states of truncated backpropagation through
+time, counters, queues, generators of a module's own. All that can be reached from an object is
+walked: attributes of modules and of a user's own objects, and what is in lists and dictionaries.
+Objects of other libraries are not looked into, unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+#: Values that are compared as they are.
+PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device,
+)  # fmt: skip
+
+#: Attributes that every pass writes before it reads them: activations and scratch memory.
+SCRATCH = {"input_tensor", "_fp8_workspaces"}
+
+#: Libraries whose objects are not looked into: their own business, or too much.
+_CLOSED = sys.stdlib_module_names | {
+    "torch", "numpy", "megatron_sharpness", "megatron", "transformer_engine", "apex",
+    "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "lightning",
+    "pytorch_lightning", "lightning_fabric", "olmo_core", "torchtitan", "deepspeed", "tensorboard",
+    "wandb", "tqdm", "pandas", "PIL", "matplotlib",
+}  # fmt: skip
+
+#: What ``nn.Module`` itself keeps in every module: hooks, parameters, children.
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+class State:
+    """What can be reached from some objects, as it is now.
+
+    Attributes:
+        plain: values by name, to compare.
+        tensors: tensors by name, of each what this rank holds.
+
+    Args:
+        roots: the objects by name. They are looked into whatever they are.
+        copied: whether to keep what is in a tensor, to put it back.
+        parameters: whether to look at the modules' parameters and their gradients, too.
+        opened: libraries whose objects are looked into.
+        ignored: attributes that are left out, beside :data:`SCRATCH`.
+    """
+
+    def __init__(
+        self,
+        roots: Mapping[str, object],
+        *,
+        copied: Callable[[Tensor], bool] = lambda tensor: True,
+        parameters: bool = False,
+        opened: Iterable[str] = (),
+        ignored: Iterable[str] = (),
+    ) -> None:
+        self.plain: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._copied = copied
+        self._parameters = parameters
+        self._closed = _CLOSED - set(opened)
+        self._ignored = SCRATCH.union(ignored)
+        self._put_back: list[Callable[[], object]] = []
+        self._seen: dict[int, object] = {}  # and held, so that no id is used again
+        self._names: dict[int, str] = {}
+        self._roots = {id(root) for root in roots.values()}
+        for name, root in roots.items() if parameters else ():
+            if isinstance(root, nn.Module):
+                for path, parameter in root.named_parameters():
+                    self._names.setdefault(id(parameter), f"{name}.{path}")
+        pending = deque(roots.items())
+        while pending:
+            name, value = pending.popleft()
+            if isinstance(value, PLAIN):
+                self.plain[name] = value
+            elif id(value) not in self._seen:
+                self._seen[id(value)] = value
+                pending.extend(self._visit(name, value))
+
+    def restore(self) -> None:
+        """Put everything back: the same objects, and in them what was in them."""
+        with torch.no_grad():
+            for put_back in self._put_back:
+                put_back()
+
+    def _visit(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
+        """Keep one object, and say what is in it."""
+        if isinstance(value, Tensor):
+            return self._visit_tensor(name, value)
+        if isinstance(value, np.ndarray):
+            if value.dtype != object:
+                self.plain[name] = saved = value.copy()
+                self._put_back.append(lambda: np.copyto(value, saved))
+            return ()
+        if (generator := _generator(value)) is not None:
+            read, write = generator
+            self.plain[name] = state = read()
+            self._put_back.append(lambda: write(state))
+            return ()
+        if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
+            self._keep_container(value)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            self.plain[f"{name} length"] = len(value)
+            return [(f"{name}[{self._key(i, key)}]", v) for i, (key, v) in enumerate(items)]
+        return self._visit_object(name, value)
+
+    def _key(self, index: int, key: object) -> object:
+        return key if isinstance(key, (str, int)) else self._names.get(id(key), index)
+
+    def _keep_container(self, value: Any) -> None:
+        if isinstance(value, dict):
+            saved = dict(value)
+            self._put_back.append(lambda: _put_entries_back(value, saved))
+        elif isinstance(value, (list, deque)):
+            items = list(value)
+            self._put_back.append(lambda: _put_items_back(value, items))
+        elif isinstance(value, set):
+            members = set(value)
+            self._put_back.append(lambda: _put_members_back(value, members))
+
+    def _visit_tensor(self, name: str, tensor: Tensor) -> Iterable[tuple[str, object]]:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if tensor.layout != torch.strided or (is_parameter and not self._parameters):
+            return ()
+        name = self._names.get(id(tensor), name)
+        with torch.no_grad():
+            held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if held.is_meta:
+            return ()
+        self.tensors[name] = held
+        # A tensor in which elements share memory can only have been written through another one.
+        writable = not tensor.is_inference() and torch._debug_has_internal_overlap(held) == 0
+        if writable and self._copied(tensor):
+            copy = held.detach().clone()
+            self._put_back.append(lambda: _write(held, copy))
+        return [(f"{name}.grad", tensor.grad)] if is_parameter else ()
+
+    def _visit_object(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
+        if isinstance(value, torch.jit.ScriptModule):
+            return [(f"{name}.{path}", buffer) for path, buffer in value.named_buffers()]
+        if isinstance(value, nn.Module):
+            return self._visit_module(name, value)
+        library = type(value).__module__.partition(".")[0]
+        open_to_all = id(value) in self._roots or isinstance(value, SimpleNamespace)
+        if library in self._closed and not open_to_all:
+            return ()
+        attributes = {key: v for key, v in _attributes(value) if key not in self._ignored}
+        if isinstance(value, (type, ModuleType)) or not hasattr(value, "__dict__"):
+            self._put_back.append(lambda: _set_attributes(value, attributes))
+        else:
+            self._put_back.append(
+                lambda: _put_entries_back(vars(value), attributes, self._ignored)
+            )
+        return [(f"{name}.{key}", v) for key, v in attributes.items()]
+
+    def _visit_module(self, name: str, module: nn.Module) -> Iterable[tuple[str, object]]:
+        left_out = _OF_MODULES | self._ignored
+        held = vars(module)
+        attributes = {key: value for key, value in held.items() if key not in left_out}
+        self._put_back.append(lambda: _put_entries_back(held, attributes, left_out))
+        self.plain[f"{name}.training"] = module.training
+        inside = {**module._modules, **(module._parameters if self._parameters else {})}
+        buffers = {key: module._buffers[key] for key in module._buffers}
+        self._keep_container(module._buffers)
+        return [(f"{name}.{key}", v) for key, v in {**inside, **buffers, **attributes}.items()]
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes of an object; of a class or a Python module those that are no code."""
+    if isinstance(value, (type, ModuleType)):
+        for key, held in list(vars(value).items()):
+            code = callable(held) or isinstance(held, (classmethod, staticmethod, property))
+            if not key.startswith("__") and not code:
+                yield key, held
+    elif hasattr(value, "__dict__"):
+        yield from list(vars(value).items())
+    else:
+        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+        yield from [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+
+
+def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """What reads and what writes the state of a generator of random numbers; None for others."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if isinstance(value, np.random.RandomState):
+        return value.get_state, value.set_state
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    return None
+
+
+def _put_entries_back(
+    entries: dict[Any, Any], saved: dict[Any, Any], left_out: Iterable[Any] = ()
+) -> None:
+    """Make a dictionary's entries the saved ones, but for those that are left out."""
+    for key in [key for key in entries if key not in saved and key not in left_out]:
+        del entries[key]
+    for key, value in saved.items():
+        if key not in entries or entries[key] is not value:
+            entries[key] = value
+
+
+def _put_items_back(items: list[Any] | deque[Any], saved: list[Any]) -> None:
+    if len(items) != len(saved) or any(a is not b for a, b in zip(items, saved, strict=True)):
+        items.clear()
+        items.extend(saved)
+
+
+def _put_members_back(members: set[Any], saved: set[Any]) -> None:
+    members.intersection_update(saved)
+    members.update(saved)
+
+
+def _set_attributes(owner: Any, saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        if getattr(owner, key, None) is not value:
+            setattr(owner, key, value)
+
+
+def _write(tensor: Tensor, copy: Tensor) -> None:
+    """Write through ``.data``: autograd may hold the tensor, and this is no change to it."""
+    if tensor.shape == copy.shape:
+        tensor.data.copy_(copy)
+    else:
+        tensor.data = copy.clone()
