@@ -20,6 +20,7 @@ FLAGS = {
     "initial_guess": "--critical-sharpness-initial-guess",
     "max_evaluations": "--critical-sharpness-max-evaluations",
     "on_error": "--critical-sharpness-on-error",
+    "watch": "--critical-sharpness-watch",
 }
 
 
@@ -123,6 +124,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=["warn", "raise"],
         default=defaults.on_error,
         help="What a failed measurement does: 'warn' and train on, or 'raise'.",
+    )
+    group.add_argument(
+        FLAGS["watch"],
+        choices=["first", "always"],
+        default=defaults.watch,
+        help="Which measurements are watched, whether they leave all that training reads later as "
+        "it was: the 'first' of a run, the default, or 'always'. It takes less than an iteration.",
     )
     return parser
 

@@ -144,7 +144,9 @@ class State:
         if writable and self._copied(tensor):
             copy = held.detach().clone()
             self._put_back.append(lambda: _write(held, copy))
-        return [(f"{name}.grad", tensor.grad)] if is_parameter else ()
+        # FSDP1 tidies the gradients of its flat parameters up at the begin of each pass.
+        flat = getattr(tensor, "_is_flat_param", False)
+        return [(f"{name}.grad", tensor.grad)] if is_parameter and not flat else ()
 
     def _visit_object(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
         if isinstance(value, torch.jit.ScriptModule):

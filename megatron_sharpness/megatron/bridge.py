@@ -25,7 +25,7 @@ try:
     from megatron.core.timers import Timers
     from megatron.core.utils import get_model_config
 
-    from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
+    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, quiet
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
 except ImportError as error:
@@ -132,16 +132,20 @@ class CriticalSharpnessCallback(Callback):
         self._observed = self._recording = None
         if observed is None or recording is None or not observed.happened:
             return
-        with _undisturbed(context, self._mode):
-            observed.measure(
-                self._meter,
-                recording,
-                # Bridge counts this step and its samples after the event.
-                iteration=state.train_state.step + 1,
-                consumed_samples=state.train_state.consumed_train_samples
-                + get_current_running_global_batch_size(),
-                trained=self._mode == "train",
-            )
+        with _off_the_clock(state):
+            watch = observed.watch() if self._meter.watches else None
+            with _undisturbed(context, self._mode):
+                records = observed.measure(
+                    self._meter,
+                    recording,
+                    # Bridge counts this step and its samples after the event.
+                    iteration=state.train_state.step + 1,
+                    consumed_samples=state.train_state.consumed_train_samples
+                    + get_current_running_global_batch_size(),
+                    trained=self._mode == "train",
+                )
+            changed = watch.changes(current_device()) if watch is not None else None
+            self._meter.write(records, changed)
 
 
 def _options(context: CallbackContext) -> SimpleNamespace:
@@ -167,7 +171,7 @@ _print = functools.partial(print, flush=True)
 
 @contextlib.contextmanager
 def _undisturbed(context: CallbackContext, mode: str) -> Iterator[None]:
-    """Outside of the time and the operations that Bridge counts for a step, and without checks."""
+    """Outside of the operations that Bridge counts for a step, and without checks."""
     state = context.state
     checks = state.cfg.rerun_state_machine
     switches = [
@@ -176,13 +180,21 @@ def _undisturbed(context: CallbackContext, mode: str) -> Iterator[None]:
         (state, "_timers", Timers(0, "minmax")),
     ]
     operations = {name: value for name, value in vars(state).items() if name.startswith("_flops")}
-    interval = state.timers("interval-time", log_level=0)
-    interval.stop()
     try:
         with quiet(context.model, get_model_config(context.model[0]), mode, switches):
             yield
     finally:
         vars(state).update(operations)
+
+
+@contextlib.contextmanager
+def _off_the_clock(state: Any) -> Iterator[None]:
+    """Outside of the time that Bridge logs for an iteration."""
+    interval = state.timers("interval-time", log_level=0)
+    interval.stop()
+    try:
+        yield
+    finally:
         interval.start()
 
 

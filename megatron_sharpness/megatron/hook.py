@@ -36,7 +36,7 @@ from megatron_sharpness.arguments import (
 )
 from megatron_sharpness.evaluation import EvaluationSet
 from megatron_sharpness.frozen import FrozenRun
-from megatron_sharpness.megatron.replay import RecordingSchedule, quiet
+from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, quiet
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
@@ -111,7 +111,7 @@ class MeasuredTrainStep:
         elif observed.happened:
             observed.undo()
         if self._frozen_run is not None:
-            schedule.restore_buffers()
+            schedule.restore_state()
             given = get_args()
             exits = given.exit_interval and iteration % given.exit_interval == 0
             if exits or iteration == given.train_iters:
@@ -142,16 +142,21 @@ class MeasuredTrainStep:
         ]
         # Megatron counts this step's samples once it is over.
         consumed = args.consumed_train_samples + get_current_running_global_batch_size()
-        with _off_the_clock(), quiet(schedule.model, config, self._mode, switches):
-            records = observed.measure(
-                self.meter,
-                schedule,
-                iteration=iteration,
-                consumed_samples=consumed,
-                trained=self._mode == "train",
-                others=self._others or (),
-                frozen=self._frozen is not None,
-            )
+        frozen = self._frozen is not None
+        with _off_the_clock():
+            watch = observed.watch() if self.meter.watches and not frozen else None
+            with quiet(schedule.model, config, self._mode, switches):
+                records = observed.measure(
+                    self.meter,
+                    schedule,
+                    iteration=iteration,
+                    consumed_samples=consumed,
+                    trained=self._mode == "train",
+                    others=self._others or (),
+                    frozen=frozen,
+                )
+            changed = watch.changes(current_device()) if watch is not None else None
+            records = self.meter.write(records, changed)
         setattr(args, STATE, self.meter.state_dict())
         if self.mix is not None:
             self.mix.observe(records, consumed)

@@ -12,33 +12,55 @@ import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.moe import router
-from megatron.core.utils import StragglerDetector
+from megatron.core.utils import StragglerDetector, get_model_config
 
 from megatron_sharpness.evaluation import EvaluationSet
-from megatron_sharpness.replay import Buffers, RandomStates, reduce_loss
+from megatron_sharpness.replay import RandomStates, reduce_loss
+from megatron_sharpness.state import State
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a training script's loss function has returned for one micro-batch.
+
+    Attributes:
+        loss: the scalar that is differentiated once it is divided by ``tokens``.
+        tokens: its tokens, or None where the scalar is a mean already.
+    """
+
+    loss: torch.Tensor
+    tokens: torch.Tensor | None
 
 
 class RecordingSchedule:
     """A ``forward_backward_func`` that runs the real one and remembers how to repeat it.
 
-    It keeps the arguments, the micro-batches, and, from before the pass, the random states and the
-    model's buffers. A pass that Megatron reruns is recorded anew.
+    It keeps the arguments, the micro-batches, the losses, and, from before the pass, the random
+    states and what the model keeps beside its parameters. A pass that Megatron reruns is recorded
+    anew.
+
+    Attributes:
+        losses: of the training pass, on ranks that compute any.
     """
 
     def __init__(self, schedule: Callable[..., Any], model: Sequence[Any]) -> None:
         self.schedule = schedule
         self.model = model
-        self.losses: Any = []
+        self.losses: list[Loss] = []
         self._kwargs: dict[str, Any] = {}
         self._batches: Any = None
-        self._before: list[RandomStates | Buffers] = []
+        self._random: RandomStates | None = None
+        self._state: State | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
         self._kwargs = kwargs
-        self._before = [MegatronRandomStates(), _buffers_of(self.model)]
+        self._random, self._state = MegatronRandomStates(), state_of(self.model)
         self._batches = _map_iterators(kwargs["data_iterator"], _Tee)
-        self.losses = self.schedule(**{**kwargs, "data_iterator": self._batches})
-        return self.losses
+        self.losses = []
+        step = _noting(kwargs["forward_step_func"], self.losses)
+        return self.schedule(
+            **{**kwargs, "forward_step_func": step, "data_iterator": self._batches}
+        )
 
     def micro_batches(self, samples: EvaluationSet) -> MicroBatches:
         """This rank's part of other data, laid out as the micro-batches of training are.
@@ -58,10 +80,9 @@ class RecordingSchedule:
 
         return MicroBatches(_map_iterators(self._batches, batches), count)
 
-    def evaluate(self, batches: MicroBatches) -> Any:
+    def evaluate(self, batches: MicroBatches) -> list[Loss]:
         """The same of other data, in evaluation mode."""
-        for state in self._before:
-            state.restore()
+        self._restore()
         modes = [chunk.training for chunk in self.model]
         for chunk in self.model:
             chunk.eval()
@@ -72,27 +93,58 @@ class RecordingSchedule:
             for chunk, training in zip(self.model, modes, strict=True):
                 chunk.train(training)
 
-    def restore_buffers(self) -> None:
+    def restore_state(self) -> None:
         """What the step has changed in the model's buffers (expert bias, say) taken back."""
-        for state in self._before:
-            if isinstance(state, Buffers):
-                state.restore()
+        if self._state is not None:
+            self._state.restore()
 
-    def replay(self) -> Any:
-        """Per-micro-batch loss dictionaries of the last pipeline stage, at the model's weights."""
-        for state in self._before:
-            state.restore()
+    def _restore(self) -> None:
+        self.restore_state()
+        if self._random is not None:
+            self._random.restore()
+
+    def replay(self) -> list[Loss]:
+        """The losses of the micro-batches on the last pipeline stage, at the model's weights."""
+        self._restore()
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
         return self._forward(batches, int(self._kwargs["num_microbatches"]))
 
-    def _forward(self, batches: Any, microbatches: int) -> Any:
+    def reduce(
+        self, losses: list[Loss] | None, error: Exception | None, *, per_token: bool
+    ) -> tuple[float, int]:
+        """Mean loss over all micro-batches and ranks, and the number of tokens. Collective.
+
+        Args:
+            losses: of this rank's micro-batches. They count on the last pipeline stage and one
+                tensor-parallel rank; data- and context-parallel ranks add up.
+            error: why there are none, if so.
+            per_token: whether all tokens count alike, or, as in Megatron's gradients without
+                ``--calculate-per-token-loss``, all micro-batches.
+        """
+        counts = mpu.is_pipeline_last_stage(ignore_virtual=True) and (
+            mpu.get_tensor_model_parallel_rank() == 0
+        )
+        samples = float(self._kwargs["micro_batch_size"])
+        return reduce_losses(
+            losses if counts and losses else [], error, samples=samples, per_token=per_token
+        )
+
+    @property
+    def per_token(self) -> bool:
+        """Whether all tokens count alike in what is differentiated."""
+        return bool(get_model_config(self.model[0]).calculate_per_token_loss)
+
+    def _forward(self, batches: Any, microbatches: int) -> list[Loss]:
+        losses: list[Loss] = []
         changed = {
+            "forward_step_func": _noting(self._kwargs["forward_step_func"], losses),
             "data_iterator": batches,
             "num_microbatches": microbatches,
             "forward_only": True,
         }
         with torch.no_grad():  # forward_only alone does not disable gradients
-            return self.schedule(**{**self._kwargs, **changed})
+            self.schedule(**{**self._kwargs, **changed})
+        return losses
 
 
 @dataclass(frozen=True)
@@ -107,6 +159,33 @@ class MicroBatches:
 
     held: Any
     count: int
+
+
+def _noting(forward_step: Callable[..., Any], losses: list[Loss]) -> Callable[..., Any]:
+    """A ``forward_step_func`` that notes what its loss functions return.
+
+    That is (loss, tokens, what is logged), where the schedule divides the one by the other, or
+    (loss, what is logged). What is logged first need not be the loss: knowledge distillation trains
+    on another entry, and BERT on a sum of two.
+    """
+
+    @functools.wraps(forward_step)
+    def noting_step(*args: Any, **kwargs: Any) -> Any:
+        output, loss_function = forward_step(*args, **kwargs)
+        if loss_function is None:
+            return output, None
+
+        def noting_loss(*outputs: Any, **options: Any) -> Any:
+            returned = loss_function(*outputs, **options)
+            if not options.get("non_loss_data"):
+                # The schedule divides in place.
+                loss, *tokens = (value.detach().clone() for value in returned[:-1])
+                losses.append(Loss(loss, tokens[0] if tokens else None))
+            return returned
+
+        return output, noting_loss
+
+    return noting_step
 
 
 class _Tee:
@@ -189,28 +268,39 @@ class MegatronRandomStates(RandomStates):
         tensor_parallel.get_cuda_rng_tracker().set_states(dict(self._tracker))
 
 
-def _buffers_of(model: Sequence[Any]) -> Buffers:
-    return Buffers(chunk.module for chunk in model)  # DDP shadows .buffers with a list of its own
+def state_of(model: Sequence[Any]) -> State:
+    """What the modules of this rank's model chunks keep beside their parameters."""
+    return State({f"model {i}": chunk.module for i, chunk in enumerate(model)})
 
 
-def reduce_losses(losses: Any, error: Exception | None) -> tuple[float, int]:
-    """Mean loss a token over all micro-batches and ranks, and the number of tokens. Collective.
+def reduce_losses(
+    losses: Sequence[Loss], error: Exception | None, *, samples: float, per_token: bool
+) -> tuple[float, int]:
+    """Mean loss over the micro-batches of all ranks, and the number of tokens. Collective.
 
-    ``losses`` are a pass's loss dictionaries, of which Megatron's first entry is the language-model
-    loss, [sum, tokens] or, as older scripts report it, the mean alone. They count on the last
-    pipeline stage and one tensor-parallel rank; data- and context-parallel ranks add up. Returns
-    and raises as :func:`~megatron_sharpness.replay.reduce_loss` does.
+    Returns and raises as :func:`~megatron_sharpness.replay.reduce_loss` does.
+
+    Args:
+        losses: of the micro-batches that count on this rank.
+        error: why there are none, if so.
+        samples: in a micro-batch, counted where a loss function says no number of tokens.
+        per_token: whether all tokens count alike, or all micro-batches.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=current_device())
-    if error is None and (
-        mpu.is_pipeline_last_stage(ignore_virtual=True)
-        and mpu.get_tensor_model_parallel_rank() == 0
-    ):
-        for micro_batch in losses:
-            value = next(iter(micro_batch.values())).detach().double().view(-1)
-            sums[0] += value[0]
-            sums[1] += value[1] if value.numel() > 1 else 1.0
-    return reduce_loss(sums[0], sums[1], error, current_device())
+    sums = torch.zeros(3, dtype=torch.float64, device=current_device())
+    for entry in losses:
+        loss = entry.loss.double().sum()
+        one = torch.ones_like(loss)
+        if entry.tokens is None:  # the schedule multiplies it by the context-parallel ranks
+            sums += torch.stack(
+                (loss * mpu.get_context_parallel_world_size(), one, one * samples)
+            )
+            continue
+        tokens = entry.tokens.double().sum()
+        if per_token:
+            sums += torch.stack((loss, tokens, tokens))
+        else:  # as the schedule does, also where all tokens are masked
+            sums += torch.stack((loss / tokens.clamp(min=1.0), one, tokens))
+    return reduce_loss(sums[0], sums[1], error, current_device(), tokens=sums[2])
 
 
 def current_device() -> torch.device:
@@ -250,8 +340,8 @@ def quiet(
     """Megatron as a probe needs it, and afterwards as if nothing had happened.
 
     No result validation (NaN at a large η is an answer here), no timers, no straggler detection,
-    no gradient synchronization, no router that iterates for ever; random states, the model's
-    buffers and its mode put back in the end.
+    no gradient synchronization, no router that iterates for ever; random states, what the
+    model keeps and its mode put back in the end.
 
     Args:
         model: the model chunks of this rank.
@@ -273,7 +363,7 @@ def quiet(
         (router, "sinkhorn", _with_patience(router.sinkhorn)),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    states, buffers = MegatronRandomStates(), _buffers_of(model)
+    random, state = MegatronRandomStates(), state_of(model)
     for owner, name, value in replaced:
         setattr(owner, name, value)
     if mode == "eval":
@@ -287,5 +377,5 @@ def quiet(
                 chunk.train()
         for owner, name, value in saved:
             setattr(owner, name, value)
-        buffers.restore()
-        states.restore()
+        state.restore()
+        random.restore()

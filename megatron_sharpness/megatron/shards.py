@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sharpness.products import StepProducts
 from megatron_sharpness.update_line import Shard, UpdateLine
+from megatron_sharpness.watch import Checksums
 
 
 def leaf_optimizers(optimizer: Any) -> list[tuple[Any, Any]]:
@@ -112,6 +113,7 @@ class MegatronLine:
     """
 
     def __init__(self, model: Sequence[Any], *, offload: bool) -> None:
+        self.model = model
         self.offload = offload
         self.lines: list[tuple[UpdateLine, Any]] = []
         self.gathered = [
@@ -137,6 +139,17 @@ class MegatronLine:
         ]
         for line, _ in self.lines:
             line.begin()
+
+    def weights(self) -> Checksums:
+        """Of this rank's shards, in the model and in the optimizer."""
+        shards = [shard for line, _ in self.lines for shard in line.shards]
+        return Checksums(t for s in shards for t in ((s.main,) if s.aliased else (s.main, s.model)))
+
+    def gather(self) -> None:
+        """Have all shards of θ_{t+1} in the model, as a measurement leaves it. Collective."""
+        self.sync()
+        self.finish()
+        self._put_account_back()
 
     def end(self) -> None:
         """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
@@ -192,9 +205,12 @@ class MegatronLine:
         self.sync()
         if any(self._dispatched):  # what Megatron takes for gathered
             self.finish()
+        self._put_account_back()
+        self.release()
+
+    def _put_account_back(self) -> None:
         for group, dispatched in zip(self.bucket_groups, self._dispatched, strict=True):
             group.param_gather_dispatched = dispatched
-        self.release()
 
     def release(self) -> None:
         """Give the copies back."""

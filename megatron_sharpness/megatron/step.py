@@ -16,15 +16,20 @@ import torch.distributed as dist
 from megatron_sharpness.evaluation import EvaluationSet
 from megatron_sharpness.measurement import TRAIN, Measurement
 from megatron_sharpness.megatron.replay import (
+    Loss,
     MicroBatches,
     RecordingSchedule,
     current_device,
-    reduce_losses,
 )
 from megatron_sharpness.megatron.shards import MegatronLine
+from megatron_sharpness.megatron.watch import watch_over
 from megatron_sharpness.meter import Meter, ProbeError, Step
 from megatron_sharpness.products import StepProducts
 from megatron_sharpness.replay import all_max, first_error
+from megatron_sharpness.watch import Checksums, Watch
+
+#: Why Megatron does not step.
+SKIPPED = "Megatron has skipped this step: its gradients overflow at this loss scale"
 
 
 class ObservedStep:
@@ -43,10 +48,10 @@ class ObservedStep:
         self.options = options
         self.line = MegatronLine(model, offload=offload)
         self.happened = False
-        self._lr = 0.0
-        self._weight_decay = 0.0
+        self._rates = (-1.0, -1.0)
         self._outcome: tuple[bool, float | None] = (False, None)
         self._error: Exception | None = None
+        self._left: Checksums | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -60,6 +65,7 @@ class ObservedStep:
             result = step(*args, **kwargs)
             self._outcome = (bool(result[0]), result[1])
             self.happened = True
+            self._left = self.line.weights()
             return result
 
         self.optimizer.step = watched_step
@@ -70,6 +76,14 @@ class ObservedStep:
                 del self.optimizer.step
             else:
                 self.optimizer.step = replaced
+
+    def watch(self) -> Watch | None:
+        """A watch over all that training reads later; None where no step was made. Collective."""
+        if not self._outcome[0]:
+            return None
+        self._end()
+        self.line.gather()
+        return watch_over(self.line.model, self.optimizer)
 
     def measure(
         self,
@@ -106,12 +120,16 @@ class ObservedStep:
             if not batches:
                 batches.update(_made_ready(schedule, others))
             passes = [partial(schedule.evaluate, batches[name]) for name in names]
-            return dict(zip(names, self._probe(eta / step.lr, passes), strict=True))
+            reduce = partial(schedule.reduce, per_token=True)
+            found = self._probe(eta / step.lr, passes, reduce)
+            return dict(zip(names, found, strict=True))
+
+        def loss_at(eta: float) -> tuple[float, int]:
+            reduce = partial(schedule.reduce, per_token=schedule.per_token)
+            return self._probe(eta / step.lr, [schedule.replay], reduce)[0]
 
         try:
-            record = meter.measure(
-                step, lambda eta: self._probe(eta / step.lr, [schedule.replay])[0]
-            )
+            record = meter.measure(step, loss_at)
             names = [samples.name for samples in others]
             return {TRAIN: record, **meter.measure_others(step, names, losses_at)}
         finally:
@@ -132,10 +150,7 @@ class ObservedStep:
 
     def _before(self) -> None:
         try:
-            for group in self.optimizer.param_groups:
-                if group["params"] and not group.get("is_decoupled_lr", False):
-                    self._lr = max(self._lr, float(group["lr"]))
-                    self._weight_decay = max(self._weight_decay, float(group["weight_decay"]))
+            self._rates = _rates(self.optimizer.param_groups)
             self.line.begin(self.optimizer)
         except Exception as caught:  # out of memory, say: the step itself goes on
             self._error = caught
@@ -147,22 +162,19 @@ class ObservedStep:
         """The step as all ranks see it, ready for probes. Collective."""
         started = time.perf_counter()
         success, grad_norm = self._outcome
-        if success and self._error is None:
-            try:
-                self.line.end()
-            except Exception as caught:
-                self._error = caught
+        if success:
+            self._end()
         flags = torch.tensor(
             [
                 self._error is not None,
                 not success,
                 self.line.coarse,
-                self._lr,
-                self._weight_decay,
+                *self._rates,
             ],
             dtype=torch.float64,
         )
         failed, skipped, coarse, lr, weight_decay = all_max(flags, current_device()).tolist()
+        lr, weight_decay = max(lr, 0.0), max(weight_decay, 0.0)
         seen = Step(
             iteration=iteration,
             consumed_samples=consumed_samples,
@@ -170,18 +182,20 @@ class ObservedStep:
             weight_decay=weight_decay,
             beta1=self.options.adam_beta1 if self.options.optimizer == "adam" else None,
             coarse=bool(coarse),
-            skipped=bool(skipped),
+            skipped=SKIPPED if skipped else None,
             failed=first_error(self._error) if failed else None,
             started=started,
         )
         if failed or skipped or lr == 0.0:
             self.line.release()
             return seen
-        loss, _ = reduce_losses(schedule.losses, None)
+        loss, _ = schedule.reduce(schedule.losses, None, per_token=schedule.per_token)
         sums = self.line.products()
+        # The norm, too, may differ between ranks in its last bits, and with it all that follows.
+        sums = torch.cat((sums, sums.new_tensor([self._clip_coefficient(grad_norm)])))
         dist.broadcast(sums, src=0)
-        products = StepProducts(*sums.tolist())
-        clip = self._clip_coefficient(grad_norm)
+        *fields, clip = sums.tolist()
+        products = StepProducts(*fields)
         return dataclasses.replace(
             seen,
             trained=trained,
@@ -192,6 +206,21 @@ class ObservedStep:
             update_norm=math.sqrt(products.squared_update) / lr,
         )
 
+    def _end(self) -> None:
+        """Take θ_{t+1}, once, where the weights are what the step has left."""
+        if self.line.is_open or self._error is not None:
+            return
+        try:
+            if self._left != self.line.weights():
+                raise ProbeError(
+                    "the weights were changed between the optimizer's step and the measurement, so "
+                    "that they lie off the update; they were left as they are. Change them after "
+                    "train_step, or before the step"
+                )
+            self.line.end()
+        except Exception as caught:
+            self._error = caught
+
     def _clip_coefficient(self, grad_norm: float | None) -> float:
         """What Megatron has multiplied the gradients by (clip_grads.py)."""
         limit = float(self.options.clip_grad)
@@ -200,7 +229,10 @@ class ObservedStep:
         return min(1.0, limit / (float(grad_norm) + 1e-6))
 
     def _probe(
-        self, fraction: float, passes: Sequence[Callable[[], Any]]
+        self,
+        fraction: float,
+        passes: Sequence[Callable[[], list[Loss]]],
+        reduce: Callable[..., tuple[float, int]],
     ) -> list[tuple[float, int]]:
         """The loss of each forward pass at θ_t + fraction·(θ_{t+1} − θ_t), and its tokens.
 
@@ -221,8 +253,21 @@ class ObservedStep:
             except Exception as caught:
                 error = error or caught
             self.line.finish()
-            found.append(reduce_losses(losses, error))
+            found.append(reduce(losses, error))
         return found
+
+
+def _rates(groups: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Learning rate and weight decay of the groups whose rate Megatron logs; -1 where none is here.
+
+    Groups with a rate of their own (``--decoupled-lr``) are not ``default_config``. All move by the
+    common factor η/lr on their own.
+    """
+    logged = [group for group in groups if group.get("default_config", True)]
+    return (
+        max((float(group["lr"]) for group in logged), default=-1.0),
+        max((float(group["weight_decay"]) for group in logged), default=-1.0),
+    )
 
 
 def _made_ready(

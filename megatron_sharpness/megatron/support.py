@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megatron.core import package_info
@@ -22,6 +22,9 @@ _GRAPHS = "a captured graph replays without the switches that a probe needs"
 _REFUSED: dict[str, tuple[str, str]] = {
     "fp8": ("--fp8-format", _QUANTIZED),
     "fp4": ("--fp4-format", _QUANTIZED),
+    "te_precision_config_file": ("--te-precision-config-file", _QUANTIZED),
+    "kitchen_config_file": ("--kitchen-config-file", _QUANTIZED),
+    "kitchen_recipe_number": ("--kitchen-recipe-number", _QUANTIZED),
     "fp8_param_gather": ("--fp8-param-gather", _QUANTIZED),
     "fp4_param_gather": ("--fp4-param-gather", _QUANTIZED),
     "fp4_param": ("--fp4-param-gather", _QUANTIZED),
@@ -80,26 +83,37 @@ def refuse_unsupported(args: Any) -> None:
     """Raise for a configuration that a measurement cannot be trusted in.
 
     Raises:
-        InputError: names the flag, its value, the reason and the remedy.
+        InputError: names all flags that cannot be used, their values, the reasons and the remedy.
     """
+    refused = list(_refusals(args))
+    if refused:
+        raise InputError(
+            "--measure-critical-sharpness-every cannot be used with "
+            + "; nor with ".join(f"{flag} {value}: {reason}" for flag, value, reason in refused)
+            + ". Leave one of the two out."
+        )
+
+
+def _refusals(args: Any) -> Iterator[tuple[str, object, str]]:
+    """Flag, value and reason of all that cannot be measured with."""
     for name, (flag, reason) in _REFUSED.items():
         value = getattr(args, name, None)
-        if value:
-            raise _refusal(flag, value, reason)
+        if value or (name == "kitchen_recipe_number" and value is not None):  # 0 is one of them
+            yield flag, value, reason
     graphs = getattr(args, "cuda_graph_impl", None)
     if graphs not in (None, "none"):
-        raise _refusal("--cuda-graph-impl", graphs, _GRAPHS)
+        yield "--cuda-graph-impl", graphs, _GRAPHS
     for name, flag in (
         ("num_distributed_optimizer_instances", "--num-distributed-optimizer-instances"),
         ("gtp_weight_remat_size", "--gtp-weight-remat-size"),
     ):
         if getattr(args, name, 1) > 1:
-            raise _refusal(flag, getattr(args, name), "its sharding was never measured")
+            yield flag, getattr(args, name), "its sharding was never measured"
     layer_wise = getattr(args, "use_layer_wise_distributed_optimizer", False)
     if args.optimizer == "dist_muon" or (
         layer_wise and not getattr(args, "use_layer_wise_param_layout", False)
     ):
-        raise _refusal(
+        yield (
             "--optimizer",
             args.optimizer,
             "layers are dealt out to the data-parallel ranks outside of the parameter buffers, "
@@ -137,10 +151,3 @@ def check_interfaces(needed: Iterable[tuple[Any, str]], train_step: Any) -> None
             f"{', '.join(TESTED)}); its interfaces are all there, so it goes on.",
             stacklevel=2,
         )
-
-
-def _refusal(flag: str, value: object, reason: str) -> InputError:
-    return InputError(
-        f"--measure-critical-sharpness-every cannot be used with {flag} {value}: {reason}. "
-        f"Leave one of the two out."
-    )
