@@ -147,8 +147,9 @@ def wrong_slope(ratio: float) -> str:
         "a mean where the sum of losses is to be returned, or another number of tokens; another "
         "batch than the step's own (that is a loss on other data), or another loss; gradients that "
         "were clipped by norm, where grad_norm is not given, or by value (where `loss` is given, "
-        "too, the slope alone is left out then); weights that the optimizer steps, and the model "
-        "does not read"
+        "too, the slope alone is left out then); a gradient that was taken at other weights, as in "
+        "sharpness-aware minimization; weights that the optimizer steps and the model does not "
+        "read"
     )
 
 
@@ -157,8 +158,8 @@ def still(loss: float) -> str:
     return (
         f"the loss is {loss:.6g} wherever along the update, so that the model does not read the "
         "parameters that the optimizer steps. Likely causes: fp32 copies of the weights beside the "
-        "model, which the loop writes into it (have evaluate do that first, too); another model's "
-        "optimizer; a loss that is a constant"
+        "model, which the loop writes into it (keep the weights themselves in fp32 and compute in "
+        "16 bits under autocast); another model's optimizer; a loss that is a constant"
     )
 
 

@@ -146,7 +146,7 @@ class MegatronLine:
         return Checksums(t for s in shards for t in ((s.main,) if s.aliased else (s.main, s.model)))
 
     def gather(self) -> None:
-        """Have all shards of θ_{t+1} in the model, as a measurement leaves it. Collective."""
+        """Have the shards of all ranks in the model, as they are. Collective."""
         self.sync()
         self.finish()
         self._put_account_back()

@@ -82,8 +82,7 @@ class ObservedStep:
         if not self._outcome[0]:
             return None
         self._end()
-        self.line.gather()
-        return watch_over(self.line.model, self.optimizer)
+        return watch_over(self.line, self.optimizer)
 
     def measure(
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_sharpness.megatron.replay import MegatronRandomStates
+from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.watch import Watch
 
 #: Packages whose objects are looked into, and whose globals and class attributes are compared.
@@ -21,12 +22,17 @@ SCRATCH = (
 )
 
 
-def watch_over(model: Sequence[Any], optimizer: Any) -> Watch:
-    """Fingerprints of the model chunks, the optimizer, random states, and all that is global."""
+def watch_over(line: MegatronLine, optimizer: Any) -> Watch:
+    """Fingerprints of the model chunks, the optimizer, random states, and all that is global.
+
+    Collective, here and when it is compared: under ``--overlap-param-gather`` the shards of other
+    ranks are what no one reads until the next pass gathers them.
+    """
 
     def roots() -> dict[str, object]:
+        line.gather()
         return {
-            **{f"model {i}" if i else "model": chunk for i, chunk in enumerate(model)},
+            **{f"model {i}" if i else "model": chunk for i, chunk in enumerate(line.model)},
             "optimizer": optimizer,
             "random states": MegatronRandomStates().values(),
             **dict(_globals()),

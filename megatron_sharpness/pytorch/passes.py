@@ -62,9 +62,10 @@ class RecordedPasses:
         self, model: nn.Module, keep: Mapping[str, object], over: Callable[[], bool]
     ) -> None:
         self._model = model
-        self._roots = {"model": model, **keep}
         self._over = over
+        # What lies beside the model may be called before it, and noise in the loss be drawn.
         self._began = RandomStates()
+        self._beside = State(keep)
         self._states: dict[bool, State] = {}  # before the first pass with gradients, and of any
         self.passes: list[Pass] = []
         self.read_in: torch.dtype | None = None
@@ -88,12 +89,16 @@ class RecordedPasses:
         """Whether passes without gradients may be the step's own, or something else's."""
         return len({entry.gradients for entry in self.passes}) > 1
 
+    def restore(self) -> None:
+        """Put back what was there before the first pass that is repeated."""
+        self._beside.restore()
+        self._before.restore()
+
     @property
-    def before(self) -> State:
-        """What was there before the first pass that is repeated."""
+    def _before(self) -> State:
         if not self._states:
             # The loop calls the model in another way than through the module that was given.
-            self._states[True] = State(self._roots)
+            self._states[True] = State({"model": self._model})
         everything = self._repeated is None or not all(p.gradients for p in self._repeated)
         first = self._states.get(False) if everything else None
         return first or self._states.get(True) or self._states[False]
@@ -118,7 +123,7 @@ class RecordedPasses:
             strict: whether what is evaluated has to make the very passes of the step.
         """
         self.release()
-        self.before.restore()
+        self.restore()
         if strict or not self.passes:
             self._began.restore()
         else:
@@ -180,7 +185,7 @@ class RecordedPasses:
             return
         self._find_caller()
         if gradients not in self._states and True not in self._states:
-            self._states[gradients] = State(self._roots)
+            self._states[gradients] = State({"model": self._model})
         if self.read_in is None:
             self._note_type(self._model)
             for module in _eager_owners(self._model):

@@ -120,6 +120,7 @@ class ObservedOptimizer:
         self._own = type(optimizer).__module__.startswith("torch.optim.")
         self._left = self._weights()
         self._used: Checksums | None = None
+        self._depth = 0  # a step may call that of the class it was derived from
         self._release = on_step(optimizer, self._before, self._after)
 
     def move(self, fraction: float) -> None:
@@ -158,6 +159,9 @@ class ObservedOptimizer:
 
     def _before(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """Called at the entry of ``step``; returns what is called in place of its closure."""
+        self._depth += 1
+        if self._depth > 1:
+            return closure
         if closure is None:
             self._begin()
             return None
@@ -190,6 +194,9 @@ class ObservedOptimizer:
             self._fail(caught)
 
     def _after(self) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         self.steps += 1
         try:
             # Collective for partial sums, and so made on a rank that failed before, too.

@@ -136,7 +136,6 @@ class ObservedStep:
             lines.sync()  # the weights as the shards that they are in the end, too
             watch = Watch(self._everything)
         states, now = RandomStates(), State({"model": self._model, **self._keep})
-        at_the_end = self._passes.before if frozen and self._passes.passes else now
         training = [(module, module.training) for module in self._model.modules()]
         moved = frozen
 
@@ -204,7 +203,9 @@ class ObservedStep:
                 lines.move(0.0 if frozen else 1.0)
                 lines.sync()
             set_modes(as_trained=True)
-            at_the_end.restore()
+            now.restore()
+            if frozen and self._passes.passes:
+                self._passes.restore()
             states.restore()
         if watch is not None:
             self.changes = watch.changes(collective_device())

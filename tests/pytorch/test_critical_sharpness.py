@@ -253,7 +253,7 @@ def test_no_memory_for_the_copy_costs_the_measurement_alone(
 
 def test_a_loss_that_is_not_a_number_is_a_record() -> None:
     loop = Loop(every=1)
-    record = loop.step(0, lambda: (math.nan, 4))
+    record = loop.step(0, lambda: (loop.evaluate(0)[0] * math.nan, 4))
     assert record is not None and record.status == "non_finite" and record.critical_lr is None
 
 
@@ -262,6 +262,7 @@ def test_a_loss_that_is_not_a_number_is_a_record() -> None:
     [
         (torch.tensor(1.0), "is Tensor; it is to be a tuple"),
         ((torch.tensor(1.0, dtype=torch.bfloat16), 4), "bfloat16, too coarse"),
+        ((torch.ones(3), 3), r"shape \(3,\); it is to be the sum"),
     ],
 )
 def test_what_evaluate_returns_is_checked(returned: Any, said: str) -> None:

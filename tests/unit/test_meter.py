@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.measurement import TRAIN, Measurement
 from megatron_sharpness.meter import LossAt, Meter, MeterState, ProbeError, Step
 from megatron_sharpness.settings import Settings
 
@@ -43,7 +43,8 @@ def counted(function: Callable[[float], float]) -> tuple[LossAt, list[float]]:
 def measure(
     meter: Meter, function: Callable[[float], float] = quadratic, step: Step = STEP
 ) -> Measurement:
-    return meter.measure(step, counted(function)[0])
+    """Measure and write."""
+    return meter.write({TRAIN: meter.measure(step, counted(function)[0])})[TRAIN]
 
 
 def meter_past_its_test(**state: object) -> Meter:
@@ -143,7 +144,9 @@ class TestWrongLosses:
         meter = Meter(Settings())
         for _ in range(2):
             record = measure(meter, wrong, UNKNOWN)  # type: ignore[arg-type]
-            assert record.status == "failed" and "as fast as its gradient" in str(record.reason)
+            assert record.status == "failed"
+            reasons = ("as fast as its gradient", "wherever along the update")
+            assert any(reason in str(record.reason) for reason in reasons)
             assert record.critical_lr is None and record.directional_sharpness is None
         assert measure(meter, step=UNKNOWN).status == "found"
 
@@ -199,7 +202,7 @@ def test_searches_start_where_the_last_one_ended() -> None:
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        ({"skipped": True}, "skipped_step"),
+        ({"skipped": "an overflow"}, "skipped_step"),
         ({"lr": 0.0}, "zero_lr"),
         ({"failed": "rank 1: no memory"}, "failed"),
     ],
@@ -210,6 +213,7 @@ def test_steps_that_cannot_be_measured_make_no_probe(
     loss_at, calls = counted(quadratic)
     record = Meter(Settings()).measure(replace(STEP, **change), loss_at)  # type: ignore[arg-type]
     assert record.status == status
+    assert record.reason == (change.get("skipped") or change.get("failed"))
     assert calls == []
     assert record.critical_sharpness is None
 
@@ -276,9 +280,51 @@ def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
 
     warnings: list[str] = []
     records = Records()
-    measure(Meter(Settings(), sinks=[Full(), records], warn=warnings.append))
-    assert len(records) == 1
-    assert len(warnings) == 1 and "no space left" in warnings[0]
+    meter = Meter(Settings(), sinks=[Full(), Full(), records], warn=warnings.append)
+    for _ in range(3):
+        measure(meter)
+    assert len(records) == 3
+    # Each once, in one line.
+    assert len(warnings) == 2 and "Full could not write" in warnings[0]
+    assert "OSError: no space left" in warnings[0] and "\n" not in warnings[0]
+
+
+def test_what_a_watch_has_found_ends_the_measurements_with_that_reason() -> None:
+    records = Records()
+    meter = Meter(Settings(), sinks=[records])
+    assert meter.watches
+    found = measure(meter)
+    assert found.status == "found" and meter.watches  # it was not watched
+    changed = ["model.cache", *(f"name {i}" for i in range(9))]
+    record = meter.write({TRAIN: found}, changed)[TRAIN]
+    assert record.status == "failed" and record.critical_lr is None
+    assert "model.cache, name 0" in str(record.reason) and "and 2 more" in str(record.reason)
+    loss_at, calls = counted(quadratic)
+    again = meter.measure(STEP, loss_at)
+    assert again.reason == record.reason and calls == [] and not meter.watches
+    assert records == [found, record]
+
+
+def test_the_first_measurement_is_watched_or_each() -> None:
+    first, always = Meter(Settings()), Meter(Settings(watch="always"))
+    for meter in (first, always):
+        meter.write({TRAIN: meter.measure(STEP, counted(quadratic)[0])}, [])
+    assert not first.watches and always.watches
+
+
+def test_what_a_watch_has_found_can_be_made_fatal() -> None:
+    meter = Meter(Settings(on_error="raise"))
+    with pytest.raises(ProbeError, match=r"model\.cache"):
+        meter.write({TRAIN: measure(meter)}, ["model.cache"])
+
+
+def test_a_loss_that_is_the_same_everywhere_says_what_the_model_does_not_read() -> None:
+    for step in (STEP, UNKNOWN, replace(UNKNOWN, slope=None)):
+        record = measure(Meter(Settings()), lambda eta: START, step)
+        assert record.status == "failed" and "does not read" in str(record.reason)
+    # Within the noise that is no news.
+    hidden = replace(STEP, noise=1e6, lr=1e-6)
+    assert measure(meter_past_its_test(), lambda eta: START, hidden).status != "failed"
 
 
 def test_state_goes_through_a_checkpoint() -> None:
@@ -311,7 +357,7 @@ def test_losses_on_other_data_have_records_of_their_own() -> None:
         ["code", "steep"],
         others({"code": lambda eta: 5.0 - eta + 3.0 * eta * eta, "steep": lambda eta: 5.0 + eta}),
     )
-    assert records[1:] == [found["code"], found["steep"]]
+    assert meter.write(found) == found and records[1:] == list(found.values())
     code, steep = found["code"], found["steep"]
     assert (code.batch, code.status, code.tokens, code.loss) == ("code", "found", 64, 5.0)
     assert code.critical_lr == pytest.approx(1 / 3, rel=1e-6)
@@ -358,6 +404,6 @@ def test_steps_that_cannot_be_measured_make_no_probe_of_other_data() -> None:
     def never(eta: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
         raise AssertionError
 
-    for changed, status in (({"skipped": True}, "skipped_step"), ({"lr": 0.0}, "zero_lr")):
+    for changed, status in (({"skipped": "an overflow"}, "skipped_step"), ({"lr": 0.0}, "zero_lr")):
         found = Meter(Settings()).measure_others(replace(STEP, **changed), ["code"], never)  # type: ignore[arg-type]
         assert found["code"].status == status
