@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.passes import collective_device
 from megatron_sharpness.replay import all_sum
+from megatron_sharpness.state import State
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -29,6 +32,9 @@ except ImportError as error:
 #: and are made anew from JSON alone, without trainer and sinks.
 STATE = "critical_sharpness"
 
+#: Attributes of the trainer that no loss changes, and that may hold a whole corpus or grow.
+NOT_CHANGED = {"train_dataset", "eval_dataset", "log_history"}
+
 
 class CriticalSharpnessCallback(TrainerCallback):
     """Measures critical sharpness λ_c = 2/η_c (Def. 2.1) and logs it as the trainer logs its loss.
@@ -38,8 +44,8 @@ class CriticalSharpnessCallback(TrainerCallback):
         trainer = Trainer(model, args, train_dataset=dataset)
         trainer.add_callback(CriticalSharpnessCallback(trainer, every=100))
 
-    L is the loss that the model itself returns, over all micro-batches and ranks of the step, as
-    the trainer weighs them; where it is not what the trainer differentiates, the record says so.
+    L is the loss that the trainer differentiates, computed by its own ``compute_loss``: the sum
+    over the micro-batches of the step, and the mean over the ranks.
     The values are in ``state.log_history``, TensorBoard, W&B and wherever ``report_to`` says, at
     the step measured: ``critical_sharpness``, ``critical_learning_rate``, ….
 
@@ -49,7 +55,7 @@ class CriticalSharpnessCallback(TrainerCallback):
         settings: the other arguments of :class:`CriticalSharpness`, ``sinks`` among them.
 
     Raises:
-        InputError: this trainer's loss cannot be evaluated again; the message says why.
+        InputError: this trainer's steps cannot be measured; the message says why.
     """
 
     def __init__(self, trainer: Trainer, every: int = 100, **settings: Any) -> None:
@@ -58,8 +64,11 @@ class CriticalSharpnessCallback(TrainerCallback):
         self._settings = {"every": every, **settings}
         self._sharpness: CriticalSharpness | None = None
         self._record: Measurement | None = None
-        self._micro_batches: list[tuple[Any, Any]] = []
+        self._calls: list[tuple[Any, ...]] = []
+        self._returned: Any = None
         self._losses: list[Tensor] = []
+        self._divided: list[bool] = []
+        self._before = State({})
         self._grad_norm: Tensor | float | None = None
         self._watching = contextlib.ExitStack()
 
@@ -85,7 +94,7 @@ class CriticalSharpnessCallback(TrainerCallback):
             loss=(torch.stack(self._losses).sum(), 1.0) if self._losses else None,
             grad_norm=self._grad_norm,
         )
-        self._micro_batches, self._losses, self._grad_norm = [], [], None
+        self._forget()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._record is None or self._sharpness is None:
@@ -100,69 +109,121 @@ class CriticalSharpnessCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._watching.close()
-        self._micro_batches, self._losses, self._record = [], [], None
+        self._forget()
+        self._record = None
         if self._sharpness is not None:
             self._sharpness.close()
         self._sharpness = None
 
+    def _forget(self) -> None:
+        self._calls, self._losses, self._divided = [], [], []
+        self._returned = self._grad_norm = None
+        self._before = State({})
+
     def _watch(self) -> None:
-        """Keep the step's micro-batches, losses and gradient norm, which no event passes."""
-        self._micro_batches, self._losses = [], []
-        accelerator = self.trainer.accelerator
+        """Keep what the step's losses are computed from, which no event passes."""
+        self._forget()
+        self._before = self._state_of_trainer()
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        compute_loss = trainer.compute_loss
         clip_grad_norm, backward = accelerator.clip_grad_norm_, accelerator.backward
 
-        def keep(_: Any, args: Any, kwargs: Any) -> None:
-            self._micro_batches.append((args, kwargs))
+        def keep_and_compute(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            # A copy, as compute_loss may take the labels out.
+            self._calls.append((model, copy.copy(inputs), args, kwargs))
+            returned = compute_loss(model, inputs, *args, **kwargs)
+            self._returned = _loss_in(returned)
+            return returned
+
+        def keep_and_go_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._losses.append(loss.detach().float())
+            self._divided.append(loss is not self._returned)
+            self._returned = None  # and with it the graph
+            return backward(loss, *args, **kwargs)
 
         def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
             self._grad_norm = clip_grad_norm(*args, **kwargs)
             return self._grad_norm
 
-        def keep_and_go_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._losses.append(loss.detach().float())
-            return backward(loss, *args, **kwargs)
+        for owner, name, function in (
+            (trainer, "compute_loss", keep_and_compute),
+            (accelerator, "backward", keep_and_go_backward),
+            (accelerator, "clip_grad_norm_", clip_and_keep),
+        ):
+            self._watching.enter_context(_replaced(owner, name, function))
 
-        self._watching.enter_context(
-            self.trainer.model_wrapped.register_forward_pre_hook(keep, with_kwargs=True)
-        )
-        for name, kept in (("clip_grad_norm_", clip_and_keep), ("backward", keep_and_go_backward)):
-            setattr(accelerator, name, kept)
-            self._watching.callback(vars(accelerator).pop, name, None)
+    def _state_of_trainer(self) -> State:
+        roots = {"trainer": self.trainer, "state": self.trainer.state}
+        return State(roots, ignored=NOT_CHANGED)
 
     def _loss_sum_and_tokens(self) -> tuple[Tensor | float, Tensor | float]:
+        tokens = self._tokens()  # collective: before anything that one rank alone may raise
         if self._grad_norm is None and self.trainer.args.max_grad_norm > 0:
             raise RuntimeError("the gradients were clipped, and not by accelerator.clip_grad_norm_")
-        total: Tensor | float = 0.0
-        items: Tensor | float = 0.0
-        for args, kwargs in self._micro_batches:
-            if kwargs.get("num_items_in_batch") is None:
-                raise RuntimeError(
-                    "the model was called without num_items_in_batch, so that its loss is a mean "
-                    "over each micro-batch; pass it on in compute_loss, as Trainer does"
-                )
-            outputs = self.trainer.model_wrapped(*args, **kwargs)
-            total = total + (outputs["loss"] if isinstance(outputs, dict) else outputs[0])
-            # The tokens of the whole step, by which each micro-batch's sum has been divided.
-            items = kwargs["num_items_in_batch"]
+        if len(self._calls) != len(self._losses):
+            raise RuntimeError(
+                f"the step made {len(self._losses)} calls of accelerator.backward and "
+                f"{len(self._calls)} of compute_loss, so that the loss differentiated is not known;"
+                " have training_step call both once for each micro-batch, as that of Trainer does"
+            )
+        now = self._state_of_trainer()
+        try:
+            self._before.restore()
+            # What compute_loss logs has been logged.
+            with _replaced(self.trainer, "log", lambda *_, **__: None):
+                total = sum(self._losses_anew())
+        finally:
+            now.restore()
         # Gradients are averaged over the ranks: all count alike, whatever their tokens.
-        ranks = self.trainer.accelerator.num_processes
-        if not self.trainer.args.average_tokens_across_devices:
-            counts = torch.as_tensor(items, dtype=torch.float64).reshape(1)
-            mean = all_sum(counts, collective_device()).item() / ranks
-            return total * mean, mean
-        return total * items, items / ranks
+        return total * tokens, tokens
+
+    def _losses_anew(self) -> Iterator[Tensor]:
+        """The loss of each micro-batch as it was differentiated."""
+        trainer = self.trainer
+        for (model, inputs, args, kwargs), divided in zip(self._calls, self._divided, strict=True):
+            with trainer.compute_loss_context_manager():
+                loss = _loss_in(trainer.compute_loss(model, copy.copy(inputs), *args, **kwargs))
+            yield loss / trainer.current_gradient_accumulation_steps if divided else loss
+
+    def _tokens(self) -> float:
+        """The number of tokens of the step, of samples where it is not known; a rank's mean."""
+        ranks: int = self.trainer.accelerator.num_processes
+        items = next((kwargs.get("num_items_in_batch") for *_, kwargs in self._calls), None)
+        if items is None:
+            count = float(sum(_samples(inputs) for _, inputs, *_ in self._calls))
+        elif self.trainer.args.average_tokens_across_devices:
+            count = float(items) / ranks  # which are those of all ranks
+        else:
+            count = float(items)
+        counts = torch.tensor([count], dtype=torch.float64)
+        return float(all_sum(counts, collective_device())) / ranks
+
+
+def _loss_in(returned: Any) -> Any:
+    """The loss in what ``compute_loss`` has returned, with the outputs or without."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def _samples(inputs: Any) -> int:
+    """How many samples a micro-batch has, by its first tensor."""
+    values = inputs.values() if hasattr(inputs, "values") else ()
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it a method is another function. One set on the object itself is put back."""
+    own = {name: vars(owner)[name]} if name in vars(owner) else {}
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        vars(owner).update(own)
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:
     reasons = {
-        "the model's forward takes no num_items_in_batch, so that its loss is no sum over tokens; "
-        "give it **kwargs and divide the sum of losses by num_items_in_batch": (
-            not trainer.model_accepts_loss_kwargs
-        ),
-        "compute_loss_func and label_smoothing_factor compute the loss outside of the model, where "
-        "it cannot be evaluated again; compute it in the model's forward": (
-            trainer.compute_loss_func is not None or trainer.label_smoother is not None
-        ),
         "nn.DataParallel on several GPUs; launch one process a GPU, with torchrun": (
             trainer.args.n_gpu > 1
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ except ImportError as error:
 #: Gives the sum of a batch's losses in nats and the number of tokens that it was summed over.
 LossSumAndTokens = Callable[[LightningModule, Any], tuple[Tensor | float, Tensor | float]]
 
+#: As which method of the module its loss is evaluated: Lightning redirects methods by their names.
+REDIRECTED = "_critical_sharpness_loss"
+
 
 class CriticalSharpnessCallback(Callback):
     """Measures critical sharpness λ_c = 2/η_c (Def. 2.1) and writes it to the trainer's loggers.
@@ -41,7 +45,7 @@ class CriticalSharpnessCallback(Callback):
         trainer = Trainer(callbacks=[CriticalSharpnessCallback(loss_sum_and_tokens, every=100)])
 
     L is the loss that was differentiated: the mean, over all micro-batches and ranks of the step,
-    of the mean loss a token of each.
+    of the mean loss a token of each. A micro-batch whose ``training_step`` returned None adds 0.
 
     Args:
         loss_sum_and_tokens: the loss that ``training_step`` returns, as a sum over tokens and their
@@ -58,8 +62,7 @@ class CriticalSharpnessCallback(Callback):
         self._settings = {"every": every, **settings}
         self._sharpness: CriticalSharpness | None = None
         self._state: dict[str, Any] = {}
-        self._batches: list[Any] = []
-        self._losses: list[Tensor] = []
+        self._batches: list[tuple[Any, Tensor | None]] = []
         self._grad_norm: Tensor | None = None
         self._steps = 0
 
@@ -70,14 +73,13 @@ class CriticalSharpnessCallback(Callback):
             self._forward_pass, trainer.optimizers, **self._settings
         )
         self._sharpness.load_state_dict(self._state)
-        self._batches, self._losses, self._steps = [], [], trainer.global_step
+        self._batches, self._steps = [], trainer.global_step
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._sharpness is not None and self._sharpness.armed:
             self._forward_pass(lambda: None)  # has the random states recorded
-            self._batches.append(batch)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -91,18 +93,22 @@ class CriticalSharpnessCallback(Callback):
     ) -> None:
         if self._sharpness is None:
             return
-        if self._sharpness.armed and (loss := _loss_of(outputs)) is not None:
-            self._losses.append(loss)
+        if self._sharpness.armed:
+            self._batches.append((batch, _loss_of(outputs)))
         if trainer.global_step == self._steps:
             return  # gradients are being accumulated
         self._steps = trainer.global_step
 
+        losses = [loss for _, loss in self._batches if loss is not None]
+
         def evaluate() -> tuple[Tensor | float, Tensor | float]:
+            sums = []
             with trainer.precision_plugin.train_step_context():
-                sums = [
-                    self._forward_pass(self.loss_sum_and_tokens, pl_module, batch)
-                    for batch in self._batches
-                ]
+                for batch, loss in self._batches:
+                    if loss is None:
+                        self._forward_pass(lambda: None)  # a pass, that nothing came of
+                    else:
+                        sums.append(self._forward_pass(self._as_trained, trainer, batch))
             # Gradients are averaged over micro-batches and ranks: all count alike.
             mean = sum(loss / tokens for loss, tokens in sums) / trainer.accumulate_grad_batches
             counts = torch.tensor([float(sum(tokens for _, tokens in sums))], dtype=torch.float64)
@@ -112,10 +118,10 @@ class CriticalSharpnessCallback(Callback):
         record = self._sharpness.after_step(
             self._steps,
             evaluate,
-            loss=(torch.stack(self._losses).sum(), 1.0) if self._losses else None,
+            loss=(torch.stack(losses).sum(), 1.0) if losses else None,
             grad_norm=self._grad_norm,
         )
-        self._batches, self._losses, self._grad_norm = [], [], None
+        self._batches, self._grad_norm = [], None
         if record is not None:
             scalars = {
                 tag.replace("-", "_"): value for tag, value in self._sharpness.scalars().items()
@@ -136,6 +142,22 @@ class CriticalSharpnessCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.on_train_end(trainer, pl_module)
+
+    def _as_trained(self, trainer: Trainer, batch: Any) -> tuple[Tensor | float, Tensor | float]:
+        """The batch's loss, through what wraps the module, as ``Strategy.training_step`` does it:
+        DDP broadcasts buffers before a pass."""
+        module = trainer.lightning_module
+        if trainer.model is module:
+            return self.loss_sum_and_tokens(module, batch)
+        setattr(module, REDIRECTED, functools.partial(self.loss_sum_and_tokens, module))
+        try:
+            redirected: Any = trainer.strategy._forward_redirection
+            sum_and_tokens: tuple[Tensor | float, Tensor | float] = redirected(
+                trainer.model, module, REDIRECTED, batch
+            )
+            return sum_and_tokens
+        finally:
+            delattr(module, REDIRECTED)
 
     def state_dict(self) -> dict[str, Any]:
         return self._state if self._sharpness is None else self._sharpness.state_dict()

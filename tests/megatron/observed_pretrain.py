@@ -1,7 +1,8 @@
 """launch/pretrain_gpt.py, which at its end writes down a hash of everything that training changed.
 
 Run as a training script under ``python -m megatron_sharpness.megatron``. ``OBSERVED_OUT`` names the
-folder for one file a rank; ``OBSERVED_FAULT`` a fault to inject, see ``faults.py``.
+folder for one file a rank; ``OBSERVED_FAULT`` a fault to inject, see ``faults.py``, and
+``OBSERVED_SITUATION`` what a training does beside, see ``situations.py``.
 """
 
 from __future__ import annotations
@@ -88,4 +89,8 @@ if __name__ == "__main__":
         from tests.megatron import faults
 
         getattr(faults, fault)()
+    if situation := os.environ.get("OBSERVED_SITUATION"):
+        from tests.megatron import situations
+
+        getattr(situations, situation)()
     runpy.run_path(str(LAUNCH), run_name="__main__")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.hf import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
@@ -158,6 +159,7 @@ def digest(trainer: Trainer) -> dict[str, str]:
     optimizer = trainer.optimizer.state_dict()["state"]
     return {
         "parameters": hash_of(trainer.model.parameters()),
+        "buffers": hash_of(trainer.model.buffers()),
         "optimizer": hash_of(entry for state in optimizer.values() for entry in state.values()),
         "random": random_states(),
     }
@@ -176,10 +178,10 @@ class Runs:
         self.folder, self.layout = folder, layout
         self.data = dataset()
 
-    def model(self) -> Olmo2ForCausalLM:
+    def model(self, kind: type[Olmo2ForCausalLM] = Olmo2ForCausalLM) -> Olmo2ForCausalLM:
         torch.manual_seed(0)
         if self.layout != "fsdp2":
-            return Olmo2ForCausalLM(copy.deepcopy(CONFIG))
+            return kind(copy.deepcopy(CONFIG))
         # Transformers shards a model that it loads, and does so on the CPU; accelerate does not.
         weights = self.folder / "weights"
         if dist.get_rank() == 0:
@@ -197,7 +199,8 @@ class Runs:
         accumulate: int = 1,
         witness: bool = False,
         resume: Path | None = None,
-        trainer_class: type[Trainer] = Trainer,
+        trainer_class: Callable[..., Trainer] = Trainer,
+        model: type[Olmo2ForCausalLM] = Olmo2ForCausalLM,
         **arguments: Any,
     ) -> dict[str, Any]:
         output = self.folder / name
@@ -222,7 +225,7 @@ class Runs:
             }
         )
         trainer = trainer_class(
-            self.model(), args, train_dataset=self.data, eval_dataset=self.data[:8]
+            self.model(model), args, train_dataset=self.data, eval_dataset=self.data[:8]
         )
         seen, records = Witness(), Records()
         if witness:
@@ -236,6 +239,8 @@ class Runs:
             "records": [dataclasses.asdict(record) for record in records],
             "output": str(output),
             "hooks": hooks(trainer.model_wrapped, trainer.optimizer.optimizer),
+            "gathered": getattr(trainer, "gathered", None),
+            "replaced": sorted({"compute_loss", "log"} & vars(trainer).keys()),
         }
         if witness:
             gathered = [result["records"]]
@@ -282,26 +287,129 @@ class TrainerThatAddsToTheLoss(TrainerWithALossOfItsOwn):
         return outputs["loss"] + more, outputs
 
 
-def refusals(runs: Runs) -> list[str]:
-    reasons = []
-    args = TrainingArguments(str(runs.folder), use_cpu=True, report_to="none")
-    smoothed = TrainingArguments(
-        str(runs.folder), use_cpu=True, report_to="none", label_smoothing_factor=0.1
-    )
+class TrainerThatTakesLabelsOut(TrainerWithALossOfItsOwn):
+    """The model sees no labels, and later reads of the inputs would not either."""
 
-    class MeanLoss(Olmo2ForCausalLM):
-        accepts_loss_kwargs = False
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        return summed(outputs.logits, labels) / (items or 1), outputs
 
-    for trainer in (
-        Trainer(runs.model(), smoothed),
-        Trainer(runs.model(), args, compute_loss_func=lambda *_, **__: None),
-        Trainer(MeanLoss(copy.deepcopy(CONFIG)), args),
-    ):
-        try:
-            CriticalSharpnessCallback(trainer)
-        except InputError as error:
-            reasons.append(str(error))
-    return reasons
+
+class TrainerThatCallsTwice(TrainerWithALossOfItsOwn):
+    """R-Drop: two passes with other dropout masks."""
+
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
+        first, second = (model(**inputs, num_items_in_batch=items) for _ in range(2))
+        return (first["loss"] + second["loss"]) / 2, first
+
+
+class TrainerWithATeacher(TrainerWithALossOfItsOwn):
+    """Distils from a model that it holds, in training mode: its buffers move on, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = copy.deepcopy(CONFIG)
+        config.attention_dropout = 0.0
+        self.teacher = RunningOlmo2(config).train()
+
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=inputs["input_ids"]).logits.softmax(-1)
+        outputs = model(**inputs, num_items_in_batch=items)
+        apart = F.cross_entropy(outputs.logits.flatten(0, 1), wanted.flatten(0, 1))
+        return outputs["loss"] + apart, outputs
+
+
+class TrainerThatGathers(TrainerWithALossOfItsOwn):
+    """Gathers numbers in compute_loss and logs them there, as TRL's trainers do; its loss depends
+    on how many there are."""
+
+    def own_loss(self, model: nn.Module, inputs: dict[str, Tensor], items: Any) -> tuple[Any, Any]:
+        if not hasattr(self, "gathered"):
+            self.gathered: dict[str, list[float]] = {"losses": [], "calls": []}
+        outputs = model(**inputs, num_items_in_batch=items)
+        loss = outputs["loss"] * (1 + 0.1 * len(self.gathered["losses"]))
+        self.gathered["losses"].append(loss.item())
+        self.gathered["calls"] = [*self.gathered["calls"], self.state.global_step]
+        self.log({"in_compute_loss": loss.item()})
+        return loss, outputs
+
+
+class TrainerWithAStepOfItsOwn(Trainer):
+    """Differentiates the two halves of each micro-batch one after the other."""
+
+    def training_step(self, model: nn.Module, inputs: Any, items: Any = None) -> Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=items)
+        self.accelerator.backward(loss / 2, retain_graph=True)
+        self.accelerator.backward(loss / 2)
+        return loss.detach()
+
+
+class MeanOlmo2(Olmo2ForCausalLM):
+    """As of before there was num_items_in_batch."""
+
+    accepts_loss_kwargs = False
+
+
+class RunningNorm(nn.Module):
+    """Normalizes by running statistics, which a pass in training mode reads and moves on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                flat = x.flatten(0, -2)
+                self.mean.lerp_(flat.mean(0), 0.1)
+                self.variance.lerp_(flat.var(0), 0.1)
+        return (x - self.mean) * (self.variance + 1e-5).rsqrt()
+
+
+class RunningOlmo2(Olmo2ForCausalLM):
+    def __init__(self, config: Olmo2Config) -> None:
+        super().__init__(config)
+        self.model.norm = RunningNorm(config.hidden_size)
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
+
+
+def summed_outputs(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    """A ``compute_loss_func``."""
+    return summed(outputs.logits, labels) / (num_items_in_batch or 1)
+
+
+#: Whose loss is not the model's own, or a mean.
+LOSSES: dict[str, dict[str, Any]] = {
+    "added": {"trainer_class": TrainerThatAddsToTheLoss},
+    "labels taken out": {"trainer_class": TrainerThatTakesLabelsOut},
+    "means": {"trainer_class": TrainerThatAveragesMeans},
+    "twice": {"trainer_class": TrainerThatCallsTwice},
+    "teacher": {"trainer_class": TrainerWithATeacher},
+    "gathers": {"trainer_class": TrainerThatGathers},
+    "smoothed": {"label_smoothing_factor": 0.1},
+    "function": {"trainer_class": functools.partial(Trainer, compute_loss_func=summed_outputs)},
+    "without items": {"model": MeanOlmo2},
+    "without items, smoothed": {"model": MeanOlmo2, "label_smoothing_factor": 0.1},
+    "buffers": {"model": RunningOlmo2},
+}
+
+
+def losses(runs: Runs, *names: str) -> dict[str, Any]:
+    short = {"accumulate": 2, "max_steps": 3, "eval_strategy": "no", "report_to": "none"}
+    return {
+        name: {
+            "off": runs(f"{name} off", **short, **LOSSES[name]),
+            "on": runs(name, every=1, **short, **LOSSES[name]),
+        }
+        for name in names
+    }
 
 
 def without_and_with(runs: Runs) -> dict[str, Any]:
@@ -316,13 +424,11 @@ def alone(folder: Path) -> dict[str, Any]:
     saving = {"save_strategy": "steps", "save_steps": 5}
     averages = {"logging_steps": 3, "trainer_class": TrainerThatAverages}
     results = without_and_with(runs) | {
-        "refusals": refusals(runs),
+        "losses": losses(runs, *LOSSES),
         "averages off": runs("averages off", **averages),
         "averages on": runs("averages on", **averages, every=2),
         "ended armed": runs("ended armed", every=3),
-        "wrong": runs("wrong", every=4, trainer_class=TrainerThatAddsToTheLoss),
-        "wrong off": runs("wrong off", trainer_class=TrainerThatAddsToTheLoss),
-        "means": runs("means", every=4, trainer_class=TrainerThatAveragesMeans),
+        "own step": runs("own step", every=4, trainer_class=TrainerWithAStepOfItsOwn),
         "bf16": runs("bf16", every=4, bf16=True),
         "saved off": runs("saved off", **saving),
         "saved": runs("saved", **saving, every=2),
@@ -344,6 +450,8 @@ def main(folder: Path) -> None:
     results = {
         layout: without_and_with(Runs(folder / layout, layout)) for layout in ("ddp", "fsdp2")
     }
+    runs = Runs(folder / "losses", "ddp")
+    results["ddp"]["losses"] = losses(runs, "gathers", "smoothed", "without items", "buffers")
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

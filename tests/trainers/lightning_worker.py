@@ -98,6 +98,58 @@ class Ragged(Module):
         return super().sum_and_tokens((tokens[:, :length],))
 
 
+class Skipping(Module):
+    """Returns no loss for some batches, the first or the last of a step, after random draws."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        if index in (2, 7):
+            torch.rand(1)
+            return None
+        return super().training_step(batch, index)
+
+
+class Counting(Module):
+    """Has attributes that a training step reads and changes: a number, a tensor, a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.hidden = torch.zeros(WIDTH)
+        self.seen: list[Tensor] = []
+
+    def sum_and_tokens(self, batch: Any) -> tuple[Tensor, int]:
+        self.count += 1
+        features = self.model[:-1](batch[0][:, :-1])
+        logits = self.model[-1](features + self.hidden).float()
+        self.hidden = 0.5 * self.hidden + features.detach().mean((0, 1))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten(), reduction="sum")
+        self.seen.append(loss.detach())
+        return loss * (1 + 0.1 * self.count), batch[0][:, 1:].numel()
+
+
+class RunningNorm(nn.Module):
+    """Normalizes by running statistics, which a pass in training mode reads and moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                flat = x.flatten(0, -2)
+                self.mean.lerp_(flat.mean(0), 0.1)
+                self.variance.lerp_(flat.var(0), 0.1)
+        return (x - self.mean) * (self.variance + 1e-5).rsqrt()
+
+
+class Running(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.insert(3, RunningNorm())
+
+
 class Records(list[Measurement]):
     """A sink."""
 
@@ -179,6 +231,8 @@ def digest(trainer: pl.Trainer, module: Module) -> dict[str, str]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
         "parameters": hash_of(module.parameters()),
+        "buffers": hash_of(module.buffers()),
+        "attributes": hash_of([getattr(module, "count", 0), *getattr(module, "seen", [])]),
         "gradients": hash_of(parameter.grad for parameter in module.parameters()),
         "optimizer": hash_of(entry for entries in state.values() for entry in entries.values()),
         "random": random_states(),
@@ -332,13 +386,21 @@ def without_and_with(runs: Runs) -> dict[str, Any]:
     return {"off": runs("off"), "on": runs("on", every=2, witness=True)}
 
 
+def modules(runs: Runs, *kinds: type[Module], **arguments: Any) -> dict[str, Any]:
+    results = {}
+    for kind in kinds:
+        name = kind.__name__.lower()
+        results[name] = runs(name, every=2, module=kind, **arguments)
+        results[f"{name} off"] = runs(f"{name} off", module=kind, **arguments)
+    return results
+
+
 def alone(folder: Path) -> dict[str, Any]:
     runs = Runs(folder)
     return without_and_with(runs) | {
         "refusals": refusals(runs),
         "ended armed": runs("ended armed", every=3),
-        "ragged": runs("ragged", every=2, module=Ragged),
-        "ragged off": runs("ragged off", module=Ragged),
+        **modules(runs, Ragged, Skipping, Counting),
         "mean": runs("mean", every=4, evaluate=mean_and_tokens),
         "another loss": runs("another loss", every=4, evaluate=smoothed_sum_and_tokens),
         "other batches": runs("other batches", every=4, evaluate=OtherBatches(runs.data)),
@@ -363,6 +425,10 @@ def main(folder: Path) -> None:
         dist.init_process_group("gloo")
         results = {
             "ddp": without_and_with(Runs(folder / "ddp", "ddp")),
+            "accumulated": modules(Runs(folder / "accumulated", "ddp"), Running, Counting),
+            "each batch": modules(
+                Runs(folder / "each batch", "ddp"), Running, accumulate_grad_batches=1
+            ),
             "fsdp2": without_and_with(Runs(folder / "fsdp2", fsdp2)),
         }
     rank = int(os.environ.get("RANK", 0))

@@ -109,18 +109,52 @@ def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) ->
     check_resumed_without_state(alone[0]["single"], [6, 8])
 
 
-def test_a_trainer_that_differentiates_another_loss_is_told(alone: list[dict[str, Any]]) -> None:
-    runs = alone[0]["single"]
-    assert runs["wrong"]["digest"] == runs["wrong off"]["digest"]
-    for record in runs["wrong"]["records"]:
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        *(("single", name) for name in (
+            "added", "labels taken out", "means", "twice", "teacher", "gathers", "smoothed",
+            "function", "without items", "without items, smoothed", "buffers",
+        )),
+        *(("ddp", name) for name in ("gathers", "smoothed", "without items", "buffers")),
+    ],
+)  # fmt: skip
+def test_the_loss_is_the_one_that_the_trainer_differentiates(
+    request: pytest.FixtureRequest, layout: str, name: str
+) -> None:
+    fixture = request.getfixturevalue("alone" if layout == "single" else "pair")
+    ranks = [rank[layout]["losses"][name] for rank in fixture]
+    for rank in ranks:
+        assert rank["on"]["digest"] == rank["off"]["digest"]
+        assert of_training(rank["on"]["logs"]) == of_training(rank["off"]["logs"])
+        assert rank["on"]["gathered"] == rank["off"]["gathered"]
+        assert rank["on"]["replaced"] == []
+    assert len({rank["on"]["digest"]["parameters"] for rank in ranks}) == 1
+    records = ranks[0]["on"]["records"]
+    logged = [entry["loss"] for entry in ranks[0]["off"]["logs"] if "loss" in entry]
+    assert [record["status"] for record in records] == 3 * ["found"]
+    for record, loss in zip(records, logged, strict=True):
+        assert record["loss"] == pytest.approx(loss, rel=1e-6)
+        assert record["replay_error"] <= 2e-6 * record["loss"]
+
+
+def test_tokens_are_counted_and_samples_where_they_are_not_known(
+    alone: list[dict[str, Any]], pair: list[dict[str, Any]]
+) -> None:
+    def tokens(losses: dict[str, Any], name: str) -> list[int]:
+        return [record["tokens"] for record in losses[name]["on"]["records"]]
+
+    single, ddp = alone[0]["single"]["losses"], pair[0]["ddp"]["losses"]
+    assert len(set(tokens(single, "added"))) == 3  # examples have different numbers of labels
+    assert tokens(single, "added") == tokens(single, "twice") == tokens(single, "function")
+    assert tokens(single, "without items") == 3 * [8]
+    assert tokens(ddp, "without items") == 3 * [16]
+
+
+def test_a_loss_that_is_differentiated_in_parts_is_told(alone: list[dict[str, Any]]) -> None:
+    for record in alone[0]["single"]["own step"]["records"]:
         assert record["status"] == "failed" and record["critical_lr"] is None
-        assert "the step was trained on" in record["reason"]
-
-
-def test_a_model_that_is_called_without_its_tokens_is_named(alone: list[dict[str, Any]]) -> None:
-    for record in alone[0]["single"]["means"]["records"]:
-        assert record["status"] == "failed" and "num_items_in_batch" in record["reason"]
-        assert "compute_loss" in record["reason"]
+        assert "2 calls of accelerator.backward and 1 of compute_loss" in record["reason"]
 
 
 def test_the_noise_is_that_of_the_precision_inside_of_the_model(
@@ -132,10 +166,3 @@ def test_the_noise_is_that_of_the_precision_inside_of_the_model(
         assert rounded["status"] == "found"
         assert rounded["noise"] > 1e-6 > exact["noise"]
         assert rounded["replay_error"] <= 2e-6 * rounded["loss"]
-
-
-def test_losses_that_are_not_the_model_s_are_refused(alone: list[dict[str, Any]]) -> None:
-    smoothing, function, mean = alone[0]["single"]["refusals"]
-    assert "label_smoothing_factor" in smoothing and "in the model's forward" in smoothing
-    assert "compute_loss_func" in function
-    assert "num_items_in_batch" in mean

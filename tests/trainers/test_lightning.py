@@ -117,6 +117,28 @@ def test_batches_of_different_lengths_are_weighed_as_in_training(
 
 
 @pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("single", "skipping"), ("single", "counting"), ("accumulated", "counting"),
+        ("accumulated", "running"), ("each batch", "running"),
+    ],
+)  # fmt: skip
+def test_what_a_training_step_changes_or_leaves_out_is_as_in_training(
+    request: pytest.FixtureRequest, layout: str, name: str
+) -> None:
+    fixture = request.getfixturevalue("alone" if layout == "single" else "pair")
+    ranks = [rank[layout] for rank in fixture]
+    for rank in ranks:
+        assert rank[name]["digest"] == rank[f"{name} off"]["digest"]
+    assert len({rank[name]["digest"]["parameters"] for rank in ranks}) == 1
+    records = ranks[0][name]["records"]
+    assert len(records) >= 4
+    for record in records:
+        assert record["status"] == "found"
+        assert record["replay_error"] <= 2e-6 * record["loss"]
+
+
+@pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ("mean", "a mean where the sum"),

@@ -1,0 +1,168 @@
+"""Trains under DDP with buffers that forward passes change, as one rank of several."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+from megatron_sharpness.pytorch import CriticalSharpness
+from tests.digest import hash_of
+
+STEPS, EVERY = 7, 3
+
+
+class RunningNorm(nn.Module):
+    """Normalizes by running statistics in training too, as codebooks and expert biases do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(0), 0.1)
+                self.variance.lerp_(x.var(0), 0.1)
+        return (x - self.mean) / (self.variance + 1e-5).sqrt()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is special about a training.
+
+    Attributes:
+        norm: the module with buffers.
+        micro_batches: all but the last under ``no_sync``.
+        given: what is given to CriticalSharpness: DDP's module, or the one inside.
+        differentiates: the loss holds a gradient of its own.
+        options: of DDP.
+        settings: of CriticalSharpness.
+    """
+
+    norm: type[nn.Module] = RunningNorm
+    micro_batches: int = 1
+    given: str = "outer"
+    differentiates: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+KINDS = {
+    "batch norm": Kind(norm=nn.BatchNorm1d),
+    "running": Kind(),
+    "running, accumulation": Kind(micro_batches=3),
+    "batch norm, accumulation": Kind(norm=nn.BatchNorm1d, micro_batches=2),
+    "running, inner module given": Kind(given="inner", micro_batches=2),
+    "running, evaluation mode": Kind(settings=(("mode", "eval"),)),
+    "batch norm, evaluation mode": Kind(norm=nn.BatchNorm1d, settings=(("mode", "eval"),)),
+    "running, compiled": Kind(given="compiled"),
+    "running, buffers of each rank": Kind(options=(("broadcast_buffers", False),)),
+    "a gradient in the loss": Kind(differentiates=True),
+    "a gradient in the loss, unused": Kind(
+        differentiates=True, options=(("find_unused_parameters", True),)
+    ),
+    "static graph": Kind(options=(("static_graph", True),)),
+}
+
+
+def train(kind: Kind, every: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), kind.norm(16), nn.Tanh(), nn.Linear(16, 3))
+    wrapped = DistributedDataParallel(model, **dict(kind.options))
+    called = torch.compile(wrapped, backend="eager") if kind.given == "compiled" else wrapped
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(100 + dist.get_rank())
+    data = [torch.randn(32, 8) + dist.get_rank() for _ in range(STEPS * kind.micro_batches + 1)]
+
+    def loss(x: Tensor) -> Tensor:
+        inputs = x.clone().requires_grad_() if kind.differentiates else x
+        outputs = called(inputs)
+        found = F.cross_entropy(outputs, x[:, :3].argmax(1), reduction="sum")
+        if kind.differentiates:
+            (gradient,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+            found = found + gradient.square().sum()
+        return found
+
+    sharpness = None
+    if every:
+        sharpness = CriticalSharpness(
+            model if kind.given == "inner" else called, optimizer, every, on_error="raise",
+            losses={"other": lambda: (loss_without_gradient(data[-1]), 32)}, **dict(kind.settings),
+        )  # fmt: skip
+
+    def loss_without_gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad() if kind.differentiates else contextlib.nullcontext():
+            return loss(x).detach()
+
+    history, records, others = [], [], []
+    for step in range(1, STEPS + 1):
+        batches = data[(step - 1) * kind.micro_batches : step * kind.micro_batches]
+        total = torch.zeros(())
+        for x in batches:
+            sync = contextlib.nullcontext() if x is batches[-1] else wrapped.no_sync()
+            with sync:
+                part = loss(x)
+                (part / 32 / kind.micro_batches).backward()
+            total += part.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        if sharpness is not None:
+            record = sharpness.after_step(
+                step,
+                lambda: (torch.stack([loss_without_gradient(x) for x in batches]).sum(),  # noqa: B023
+                         32 * kind.micro_batches),
+                loss=(total, 32 * kind.micro_batches),
+            )  # fmt: skip
+            if record is not None:
+                records.append(asdict(record))
+                others.append(asdict(sharpness.records["other"]))
+        history.append(hash_of(model.parameters(), model.buffers(), total, optimizer.state_dict()))
+    return {"history": history, "records": records, "others": others}
+
+
+def join() -> dict[str, Any]:
+    """Rank 1 has fewer batches."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(8, 3))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sharpness, reasons = CriticalSharpness(model, optimizer, 2), []
+    with model.join(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(1, 7 - 2 * dist.get_rank()):
+            x = torch.randn(32, 8)
+            F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            record = sharpness.after_step(step, lambda: (torch.zeros(()), 1))
+            if record is not None:
+                reasons.append((record.status, record.reason))
+    return {"reasons": reasons}
+
+
+def results() -> Iterator[tuple[str, Any]]:
+    for name, kind in KINDS.items():
+        yield name, {"off": train(kind, 0), "on": train(kind, EVERY)}
+    yield "join", join()
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found = dict(results())
+    Path(sys.argv[1], f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

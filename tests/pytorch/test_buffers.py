@@ -1,0 +1,52 @@
+"""DDP with buffers that forward passes change: DDP hands rank 0's out before a pass, or not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.processes import start_ranks
+
+from .buffers_worker import KINDS
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = start_ranks(["-m", "tests.pytorch.buffers_worker", str(folder)], folder, 2)
+    codes = [process.wait(timeout=240) for process in processes]
+    assert not any(codes), [p.read_text()[-3000:] for p in folder.glob("output*.txt")]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_the_same_to_the_bit_on_every_rank(
+    kind: str, ranks: list[dict[str, Any]]
+) -> None:
+    for rank in ranks:
+        assert rank[kind]["on"]["history"] == rank[kind]["off"]["history"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_trained_one(kind: str, ranks: list[dict[str, Any]]) -> None:
+    records = [rank[kind]["on"]["records"] for rank in ranks]
+    assert [record["iteration"] for record in records[0]] == [3, 6]
+    for record, other in zip(*records, strict=True):
+        assert record | {"seconds": 0} == other | {"seconds": 0}
+        assert record["status"] == "found"
+        if "mode" in dict(KINDS[kind].settings):
+            assert record["replay_error"] is None
+        else:
+            assert record["replay_error"] <= 2e-6
+    for record, other in zip(*(rank[kind]["on"]["others"] for rank in ranks), strict=True):
+        assert record["status"] in ("found", "not_descent")
+        assert record | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_ranks_that_may_have_ended_are_not_waited_for(ranks: list[dict[str, Any]]) -> None:
+    for rank, steps in zip(ranks, (3, 2), strict=True):
+        assert len(rank["join"]["reasons"]) == steps
+        for status, reason in rank["join"]["reasons"]:
+            assert status == "failed" and reason.startswith("DDP.join(): ")
