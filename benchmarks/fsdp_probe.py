@@ -20,7 +20,7 @@ def main() -> None:
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     training = Training(Size(sequence=512, micro_batches=4), sharded=True)
     training.step()
-    observed = ObservedStep(training.model, [training.optimizer], offload=False)
+    observed = ObservedStep(training.model, [training.optimizer], keep={}, offload=False)
     training.step()
     lines = ModelOnLines(training.model, observed._optimizers)
     states = RandomStates()
@@ -29,7 +29,10 @@ def main() -> None:
         lines.sync()  # the root keeps its weights after a pass without gradients
         float(training.evaluate()[0])
 
-    with observed.replaying(training.evaluate, {}, eval_mode=False, frozen=False) as (loss_at, _):
+    replaying = observed.replaying(
+        training.evaluate, {}, eval_mode=False, frozen=False, watched=False
+    )
+    with replaying as (loss_at, _):
         seconds = ranks.alternate(
             {
                 "plain": plain,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import runpy
+from functools import partial
 from typing import Any
 
 from benchmarks import ranks
@@ -32,7 +33,7 @@ class Probes:
         return {}
 
 
-def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -> None:
+def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -> dict[str, Any]:
     """In place of :meth:`ObservedStep.measure`."""
 
     def whole() -> None:
@@ -43,6 +44,7 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
         observed._agree(options["iteration"], options["consumed_samples"], schedule, True)
 
     line = observed.line
+    reduce = partial(schedule.reduce, per_token=schedule.per_token)
     line.begin(observed.optimizer)
     owned = sum(shard.main.numel() for entry, _ in line.lines for shard in entry.shards)
     gathered = sum(buffer.param_data.nbytes for chunk in line.gathered for buffer in chunk.buffers)
@@ -56,7 +58,7 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
             "gathers": lambda: gathers.append(gather_bandwidth(gathered)),
             "snapshot": observed._before,
             "products": products,
-            "probe": lambda: observed._probe(FRACTION, [schedule.replay]),
+            "probe": lambda: observed._probe(FRACTION, [schedule.replay], reduce),
             "write": lambda: line.move(FRACTION),
             "gather": line.sync,
             "restore": line.restore,
@@ -65,6 +67,7 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
     )
     del seconds["copies"], seconds["gathers"]
     ranks.write({"seconds": seconds, "owned": owned, "copy": copies[1:], "gather": gathers[1:]})
+    return {}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import runpy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron.core import mpu
 
 from benchmarks import ranks
 from benchmarks.results import ROOT
-from megatron_sharpness.megatron.replay import current_device, reduce_losses
+from megatron_sharpness.megatron.replay import current_device
 from megatron_sharpness.megatron.step import ObservedStep
 
 
@@ -26,33 +27,29 @@ def measure(
     consumed_samples: int,
     trained: bool,
     **_: Any,
-) -> None:
+) -> dict[str, Any]:
     """In place of :meth:`ObservedStep.measure`."""
     observed._agree(iteration, consumed_samples, schedule, trained)
-    states = schedule._before
-    losses = schedule.losses
+    restore, losses = schedule._restore, schedule.losses
+    reduce = partial(schedule.reduce, per_token=schedule.per_token)
 
     def plain() -> None:
-        schedule._before = []
+        schedule._restore = lambda: None
         passed = schedule.replay()
-        schedule._before = states
+        schedule._restore = restore
         for entry in passed:
-            float(next(iter(entry.values())).view(-1)[0])
-
-    def restore_states() -> None:
-        for state in states:
-            state.restore()
+            float(entry.loss)
 
     line = observed.line
     fraction = 1.5
     seconds = ranks.alternate(
         {
             "plain": plain,
-            "probe": lambda: observed._probe(fraction, [schedule.replay]),
+            "probe": lambda: observed._probe(fraction, [schedule.replay], reduce),
             "write": lambda: line.move(fraction),
             "gather": line.sync,
-            "states": restore_states,
-            "reduce": lambda: reduce_losses(losses, None),
+            "states": restore,
+            "reduce": lambda: reduce(losses, None),
         },
         int(os.environ["BENCHMARK_REPETITIONS"]),
     )
@@ -76,6 +73,7 @@ def measure(
             "parameters": sum(shard.main.numel() for shard in shards),
         }
     )
+    return {}
 
 
 def gather_bandwidth(size: int) -> float:

@@ -1,8 +1,25 @@
 """The errors for what a user can set right."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 
 class InputError(ValueError):
     """What was given cannot be used. The message names it, says why and what to do instead."""
+
+
+def refuse(reasons: Mapping[str, bool]) -> None:
+    """Refuse a configuration once, for all that is wrong with it.
+
+    Args:
+        reasons: each names what cannot be used, why, and the remedy, and whether it applies.
+
+    Raises:
+        InputError: with all reasons that apply.
+    """
+    if found := [reason for reason, applies in reasons.items() if applies]:
+        raise InputError("critical sharpness cannot be measured here: " + ". And ".join(found))
 
 
 class SettingError(InputError):

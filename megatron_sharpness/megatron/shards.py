@@ -133,6 +133,7 @@ class MegatronLine:
 
     def begin(self, optimizer: Any) -> None:
         """Keep θ_t of all that ``optimizer`` is about to step."""
+        self.is_open = False
         self.lines = [
             (UpdateLine(shards_of(leaf), offload=self.offload), group)
             for leaf, group in leaf_optimizers(optimizer)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.errors import refuse
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.passes import collective_device
@@ -224,15 +224,13 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _refuse_unsupported(trainer: Trainer) -> None:
     reasons = {
-        "nn.DataParallel on several GPUs; launch one process a GPU, with torchrun": (
+        "trainer: nn.DataParallel on several GPUs; launch one process a GPU, with torchrun": (
             trainer.args.n_gpu > 1
         ),
-        "DeepSpeed steps its own copies of the parameters; train with DDP or FSDP2": (
+        "trainer: DeepSpeed steps its own copies of the parameters; train with DDP or FSDP2": (
             trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
         ),
-        "tensor, context or sequence parallelism has not been tried under this trainer; train with "
+        "trainer: tensor, context or sequence parallelism has not been tried; train with "
         "DDP or FSDP2": (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1),
     }
-    for reason, applies in reasons.items():
-        if applies:
-            raise InputError(f"trainer: critical sharpness cannot be measured here: {reason}")
+    refuse(reasons)

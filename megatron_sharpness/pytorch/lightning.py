@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.errors import refuse
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.passes import collective_device
 from megatron_sharpness.replay import all_sum
@@ -184,18 +184,18 @@ class _ForwardPass(nn.Module):
 
 
 def _refuse_unsupported(trainer: Trainer, pl_module: LightningModule) -> None:
-    if not pl_module.automatic_optimization:
-        raise InputError(
+    clips_values = trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value"
+    refuse(
+        {
             "automatic_optimization=False: which batches belong to an optimizer step is then known "
-            "to training_step alone; call megatron_sharpness.pytorch.CriticalSharpness in it"
-        )
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise InputError(
+            "to training_step alone; call megatron_sharpness.pytorch.CriticalSharpness in it": (
+                not pl_module.automatic_optimization
+            ),
             "DeepSpeedStrategy: it steps copies of the parameters that cannot be observed; use DDP "
-            "or ModelParallelStrategy"
-        )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        raise InputError(
+            "or ModelParallelStrategy": isinstance(trainer.strategy, DeepSpeedStrategy),
             "gradient_clip_algorithm='value': the update no longer follows from the gradient's "
-            "direction, and the slope ⟨g, Δθ⟩ is taken with the clipped one; clip by norm"
-        )
+            "direction, and the slope ⟨g, Δθ⟩ is taken with the clipped one; clip by norm": bool(
+                clips_values
+            ),
+        }
+    )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.errors import InputError, refuse
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink
 
@@ -58,6 +58,7 @@ class CriticalSharpnessCallback(Callback):
     initial_guess: float | None = None
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
+    watch: Literal["first", "always"] = "first"
 
     _sharpness: CriticalSharpness | None = field(default=None, init=False, repr=False)
     _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -95,6 +96,7 @@ class CriticalSharpnessCallback(Callback):
             initial_guess=self.initial_guess,
             max_evaluations=self.max_evaluations,
             on_error=self.on_error,
+            watch=self.watch,
         )
         self._sharpness.load_state_dict(self._state)
 
@@ -144,13 +146,13 @@ def _refuse_unsupported(train_module: Any) -> None:
             "TransformerTrainModule, or without CriticalSharpnessCallback"
         )
     model = train_module.model
-    if type(model).post_optim_step is not Transformer.post_optim_step:
-        raise InputError(
+    refuse(
+        {
             f"model: {type(model).__name__} changes its weights after the optimizer's step, so "
-            "that they lie off the optimizer's update; train without CriticalSharpnessCallback"
-        )
-    if model.fp8_enabled:
-        raise InputError(
-            "float8_config: critical sharpness has not been tried with float8 weights, whose "
-            "scales each move changes; leave float8_config out, or the callback"
-        )
+            "that they lie off the optimizer's update; train without CriticalSharpnessCallback": (
+                type(model).post_optim_step is not Transformer.post_optim_step
+            ),
+            "float8_config: it has not been tried with float8 weights, whose scales each move "
+            "changes; leave float8_config out, or the callback": model.fp8_enabled,
+        }
+    )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.errors import refuse
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink
 
@@ -53,6 +53,9 @@ class CriticalSharpnessConfig:
 
     on_error: Literal["warn", "raise"] = "warn"
     """What a failed measurement does to the run."""
+
+    watch: Literal["first", "always"] = "first"
+    """Which measurements are watched, whether they leave what training reads later as it was."""
 
 
 class CriticalSharpnessTrainer(Trainer):
@@ -168,6 +171,4 @@ def _refuse_unsupported(config: Any) -> None:
         "--parallelism.expert_parallel_degree: measuring under expert parallelism has not been "
         "tried; set it to 1": config.parallelism.expert_parallel_degree > 1,
     }
-    for reason, applies in reasons.items():
-        if applies:
-            raise InputError(f"{reason}, or train without measuring: --critical_sharpness.every 0")
+    refuse({f"{reason}, or --critical_sharpness.every 0": on for reason, on in reasons.items()})

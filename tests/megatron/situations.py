@@ -134,7 +134,7 @@ def mean_of_two() -> None:
     def mean(loss: Any, tokens: Any, report: Any) -> Any:
         one = loss / tokens
         both = one + 0.25 * one * one
-        return both, {"lm loss": one.detach(), "both": both.detach()}
+        return both, {"lm loss": one.detach(), "both": both.detach().clone()}
 
     _with_loss(mean)
 

@@ -56,6 +56,12 @@ def test_the_ordinary_configuration_is_accepted() -> None:
     support.refuse_unsupported(arguments(optimizer="muon", **LAYER_WISE))
 
 
+def test_all_that_is_refused_is_named_at_once() -> None:
+    changes = {"fp8": "hybrid", "qk_clip": True, "cuda_graph_impl": "local"}
+    with pytest.raises(ValueError, match=r"--fp8-format hybrid: .*--qk-clip True: .*--cuda-graph"):
+        support.refuse_unsupported(arguments(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
@@ -77,6 +83,9 @@ def test_the_ordinary_configuration_is_accepted() -> None:
             "--optimizer muon",
         ),
         ({"qk_clip": True}, "--qk-clip"),
+        ({"te_precision_config_file": "a.yaml"}, "--te-precision-config-file a.yaml"),
+        ({"kitchen_config_file": "a.yaml"}, "--kitchen-config-file a.yaml"),
+        ({"kitchen_recipe_number": 0}, "--kitchen-recipe-number 0"),
     ],
 )
 def test_what_was_never_run_is_refused(changes: dict[str, Any], flag: str) -> None:
