@@ -24,6 +24,7 @@ NAMES = (
     "growth",
     "passes",
     "precision",
+    "watch",
 )
 
 

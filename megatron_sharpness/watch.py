@@ -57,6 +57,11 @@ class Watch:
             return []
         return _of_all_ranks(changed)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many values a look compares, and how many bytes of tensors it reads."""
+        return len(self._prints), sum(t.nbytes for t in self._state.tensors.values())
+
     def _look(self) -> tuple[State, dict[str, Any]]:
         state = State(self._roots(), **self._options)
         sums = dict(zip(state.tensors, Checksums(state.tensors.values()).values(), strict=True))

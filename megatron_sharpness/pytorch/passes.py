@@ -72,6 +72,7 @@ class RecordedPasses:
         self._data_parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self._called = model
         self._repeated: list[Pass] | None = None
+        self._unread: dict[nn.Module, Any] = {}
         self._handles: list[Any] = [
             model.register_forward_pre_hook(self._record),
             model.register_forward_hook(self._note_end),
@@ -105,9 +106,13 @@ class RecordedPasses:
 
     def release(self) -> None:
         """Record no further passes."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._unread.values()):
             handle.remove()
-        self._handles = []
+        self._handles, self._unread = [], {}
+
+    def __reduce__(self) -> Any:
+        """A model that is copied or saved meanwhile takes nothing of this along."""
+        return _Unobserved, ()
 
     def choose(self, calls: int) -> None:
         """Repeat those of the recorded passes that a function makes which calls the model so often:
@@ -178,7 +183,9 @@ class RecordedPasses:
         for module, flag in zip(self._data_parallel, flags, strict=True):
             module.require_forward_param_sync = flag
 
-    def _record(self, *_: Any) -> None:
+    def _record(self, module: nn.Module, *_: Any) -> None:
+        if module is not self._model:
+            return
         gradients = torch.is_grad_enabled()
         recomputed = torch._C._current_graph_task_id() != -1
         if recomputed or self._over() or not (gradients or self._model.training):
@@ -189,7 +196,7 @@ class RecordedPasses:
         if self.read_in is None:
             self._note_type(self._model)
             for module in _eager_owners(self._model):
-                self._note_type_once(module)
+                self._unread[module] = module.register_forward_pre_hook(self._note_first_call)
         broadcasts = [module.require_forward_param_sync for module in self._data_parallel]
         self.passes.append(Pass(gradients, self._model.training, broadcasts))
 
@@ -205,15 +212,11 @@ class RecordedPasses:
         if self.passes and self.passes[-1].after is None:
             self.passes[-1].after = RandomStates()
 
-    def _note_type_once(self, module: nn.Module) -> None:
-        """Note the type in which a module reads its weights at its next call."""
-
-        def note(*_: Any) -> None:
-            handle.remove()
+    def _note_first_call(self, module: nn.Module, *_: Any) -> None:
+        """The type in which a module reads its weights."""
+        if module in self._unread:
+            self._unread.pop(module).remove()
             self._note_type(module)
-
-        handle = module.register_forward_pre_hook(note)
-        self._handles.append(handle)
 
     def _note_type(self, module: nn.Module) -> None:
         weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
@@ -223,6 +226,15 @@ class RecordedPasses:
         if self.read_in is not None:
             types.append(self.read_in)
         self.read_in = max(types, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+class _Unobserved(RecordedPasses):
+    """What is left in the hooks of a copy: it records nothing."""
+
+    def __init__(self) -> None:
+        self._model = nn.Identity()  # which no one calls
+        self._unread = {}
+        self.passes = []
 
 
 class Replay:

@@ -677,6 +677,19 @@ def test_an_interval_that_is_never_due_is_said_once() -> None:
         CriticalSharpness(net(), [], every=2.5)  # type: ignore[arg-type]
 
 
+def test_a_model_may_be_copied_and_saved_while_it_is_observed(tmp_path: Any) -> None:
+    loop = Passes(1)
+    loop.step(1)
+    average, copies = copy.deepcopy(loop.model), []
+    torch.save(loop.model, tmp_path / "model.pt")
+    loop.model[0].register_forward_hook(lambda *_: copies.append(copy.deepcopy(loop.model)))
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    average(INPUTS[0]), loaded(INPUTS[0])  # no passes of the step
+    loop.step(2)
+    copies[0](INPUTS[0])
+    assert loop.records[2].loss == pytest.approx(loop.trained[2], rel=1e-6)
+
+
 # Losses and gradients of other kinds.
 
 

@@ -1,0 +1,50 @@
+"""A training script under ``python -m megatron_sharpness.megatron``: launch/pretrain_gpt.py, whose
+iterations and watch are timed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+from typing import Any
+
+from megatron.training import training
+
+from benchmarks import ranks
+from benchmarks.results import ROOT
+from megatron_sharpness.megatron.step import ObservedStep
+
+iterations: list[float] = []
+train_step, watch = training.train_step, ObservedStep.watch
+
+
+@functools.wraps(train_step)
+def timed_step(*args: Any, **kwargs: Any) -> Any:
+    result = None
+
+    def step() -> None:
+        nonlocal result
+        result = train_step(*args, **kwargs)
+
+    iterations.append(ranks.clock(step))
+    return result
+
+
+def timed_watch(observed: ObservedStep) -> Any:
+    looks = [
+        ranks.clock(lambda: watch(observed))
+        for _ in range(int(os.environ["BENCHMARK_REPETITIONS"]))
+    ]
+    made = watch(observed)
+    assert made is not None
+    values, size = made.size
+    ranks.write(
+        {"iterations": iterations[1:], "looks": looks, "values": values, "bytes": size}
+    )
+    return made
+
+
+if __name__ == "__main__":
+    training.train_step = timed_step
+    ObservedStep.watch = timed_watch  # type: ignore[method-assign]
+    runpy.run_path(str(ROOT / "launch" / "pretrain_gpt.py"), run_name="__main__")

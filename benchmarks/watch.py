@@ -1,0 +1,55 @@
+"""What the watch costs: everything that training reads later, fingerprinted twice, once a run.
+
+Inside one real training each: the time of both looks together ÷ that of a training iteration of the
+same run, and how many values and bytes of tensors a look compares on a rank.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from typing import Any
+
+from benchmarks import ranks
+from benchmarks.probe import LAYOUTS as PROBED
+from benchmarks.probe import MEGATRON
+from benchmarks.results import markdown, spread
+
+REPETITIONS = 7
+LAYOUTS = {name: flags for name, flags in PROBED.items() if flags[1] is not None} | {
+    "Megatron EP2, 8 experts": (2, "--expert-model-parallel-size 2 --num-experts 8"),
+    "PyTorch": (1, None),
+}
+
+
+def run() -> dict[str, Any]:
+    results = {}
+    for layout, (processes, flags) in LAYOUTS.items():
+        print(f"watch: {layout}", file=sys.stderr, flush=True)
+        command = (
+            ["benchmarks/torch_watch.py"]
+            if flags is None
+            else [*ranks.MEGATRON, "benchmarks/megatron_watch.py", *MEGATRON.split(),
+                  *flags.split(), "--train-iters", "6", "--measure-critical-sharpness-every", "6"]
+        )  # fmt: skip
+        timed = ranks.launch(command, processes, {"BENCHMARK_REPETITIONS": str(REPETITIONS)})
+        iteration = statistics.median(timed["iterations"])
+        results[layout] = {
+            "processes": processes,
+            "price": spread(2 * look / iteration for look in timed["looks"]),
+            **timed,
+        }
+    return {"settings": {"repetitions": REPETITIONS, "megatron": MEGATRON.split()},
+            "results": results}  # fmt: skip
+
+
+def table(document: dict[str, Any]) -> str:
+    return markdown(
+        ("layout", "iteration, s", "watch ÷ iteration", "values", "tensors, MiB"),
+        (
+            (layout, f"{statistics.median(result['iterations']):.2f}",
+             "{1:.3f} ({0:.3f}–{2:.3f})".format(*result["price"]), f"{result['values']:,}",
+             f"{result['bytes'] / 2**20:.0f}")
+            for layout, result in document["results"].items()
+        ),
+    )  # fmt: skip
