@@ -207,7 +207,7 @@ class Meter:
             ProbeError: a measurement failed and ``settings.on_error`` is ``raise``. The records
                 have been written by then.
         """
-        self._watched |= changed is not None
+        self._watched |= changed is not None and any(r.evaluations for r in records.values())
         if changed:
             self.ended = disturbed(changed)
             records = {name: _without_number(r, self.ended) for name, r in records.items()}

@@ -8,6 +8,7 @@ Objects of other libraries are not looked into, unless they are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from collections import deque
@@ -36,6 +37,11 @@ _CLOSED = sys.stdlib_module_names | {
     "pytorch_lightning", "lightning_fabric", "olmo_core", "torchtitan", "deepspeed", "tensorboard",
     "wandb", "tqdm", "pandas", "PIL", "matplotlib",
 }  # fmt: skip
+
+#: What reading an attribute may raise where that is code, and no lack of memory.
+_STRANGE = (
+    AttributeError, TypeError, ValueError, LookupError, NotImplementedError, AssertionError, OSError
+)  # fmt: skip
 
 #: What ``nn.Module`` itself keeps in every module: hooks, parameters, children.
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -86,7 +92,8 @@ class State:
                 self.plain[name] = value
             elif id(value) not in self._seen:
                 self._seen[id(value)] = value
-                pending.extend(self._visit(name, value))
+                with contextlib.suppress(*_STRANGE):  # objects that do not let themselves be read
+                    pending.extend(self._visit(name, value))
 
     def restore(self) -> None:
         """Put everything back: the same objects, and in them what was in them."""

@@ -35,7 +35,12 @@ class Watch:
     def __init__(self, roots: Callable[[], Mapping[str, object]], **options: Any) -> None:
         self._roots = roots
         self._options = {"parameters": True, "copied": _is_small, **options}
-        self._state, self._prints = self._look()
+        self._state, self._prints = State({}), dict[str, Any]()
+        self._error: Exception | None = None
+        try:
+            self._state, self._prints = self._look()
+        except Exception as caught:  # out of memory, say; :meth:`changes` says so on all ranks
+            self._error = caught
 
     def changes(self, device: torch.device) -> list[str]:
         """What is not as it was, on any rank; it is put back where that can be done. Collective.
@@ -43,19 +48,27 @@ class Watch:
         Args:
             device: where the process group reduces.
         """
-        _, prints = self._look()
-        names = {**self._prints, **prints}
-        absent = object()
-        changed = [
-            name
-            for name in names
-            if not _equal(self._prints.get(name, absent), prints.get(name, absent))
-        ]
+        changed = self._compare()
         if changed:
             self._state.restore()
         if not all_max(torch.tensor([float(len(changed))]).double(), device).item():
             return []
         return _of_all_ranks(changed)
+
+    def _compare(self) -> list[str]:
+        try:
+            _, prints = self._look()
+        except Exception as caught:
+            self._error = caught
+        if self._error is not None:
+            return [f"what could not be read ({type(self._error).__name__}: {self._error})"]
+        names = {**self._prints, **prints}
+        absent = object()
+        return [
+            name
+            for name in names
+            if not _equal(self._prints.get(name, absent), prints.get(name, absent))
+        ]
 
     @property
     def size(self) -> tuple[int, int]:

@@ -41,12 +41,14 @@ class RecordingSchedule:
 
     Attributes:
         losses: of the training pass, on ranks that compute any.
+        error: what went wrong while recording it.
     """
 
     def __init__(self, schedule: Callable[..., Any], model: Sequence[Any]) -> None:
         self.schedule = schedule
         self.model = model
         self.losses: list[Loss] = []
+        self.error: Exception | None = None
         self._kwargs: dict[str, Any] = {}
         self._batches: Any = None
         self._random: RandomStates | None = None
@@ -54,7 +56,11 @@ class RecordingSchedule:
 
     def __call__(self, **kwargs: Any) -> Any:
         self._kwargs = kwargs
-        self._random, self._state = MegatronRandomStates(), state_of(self.model)
+        self._random = MegatronRandomStates()
+        try:
+            self._state = state_of(self.model)
+        except Exception as caught:  # out of memory, say: the training pass goes on
+            self.error = caught
         self._batches = _map_iterators(kwargs["data_iterator"], _Tee)
         self.losses = []
         step = _noting(kwargs["forward_step_func"], self.losses)

@@ -163,6 +163,7 @@ class ObservedStep:
         success, grad_norm = self._outcome
         if success:
             self._end()
+        self._error = self._error or schedule.error
         flags = torch.tensor(
             [
                 self._error is not None,

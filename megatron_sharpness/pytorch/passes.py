@@ -51,6 +51,7 @@ class RecordedPasses:
     Attributes:
         passes: in order.
         read_in: the narrowest type that a pass has read weights in, None before the first pass.
+        error: what went wrong while recording.
 
     Args:
         model: as the loop calls it.
@@ -61,11 +62,15 @@ class RecordedPasses:
     def __init__(
         self, model: nn.Module, keep: Mapping[str, object], over: Callable[[], bool]
     ) -> None:
+        self.error: Exception | None = None
         self._model = model
         self._over = over
         # What lies beside the model may be called before it, and noise in the loss be drawn.
         self._began = RandomStates()
-        self._beside = State(keep)
+        try:
+            self._beside = State(keep)
+        except Exception as caught:
+            self._beside, self.error = State({}), caught
         self._states: dict[bool, State] = {}  # before the first pass with gradients, and of any
         self.passes: list[Pass] = []
         self.read_in: torch.dtype | None = None
@@ -190,6 +195,12 @@ class RecordedPasses:
         recomputed = torch._C._current_graph_task_id() != -1
         if recomputed or self._over() or not (gradients or self._model.training):
             return
+        try:
+            self._note_begin(gradients)
+        except Exception as caught:  # out of memory, say: the pass itself goes on
+            self.error = caught
+
+    def _note_begin(self, gradients: bool) -> None:
         self._find_caller()
         if gradients not in self._states and True not in self._states:
             self._states[gradients] = State({"model": self._model})

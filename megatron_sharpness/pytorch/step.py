@@ -74,6 +74,7 @@ class ObservedStep:
             ObservedOptimizer(entry, lambda: self._passes.read_in, offload=offload)
             for entry in optimizers
         ]
+        self._now = State({})
         self._loss_given = False
         self._ambiguous = False
 
@@ -92,8 +93,14 @@ class ObservedStep:
         return all(seen.steps for seen in self._optimizers)
 
     def find_error(self) -> None:
-        """See whether the weights are where the update has ended; else that is the error."""
-        self.error = self.error or next(filter(None, (o.inspect() for o in self._optimizers)), None)
+        """Keep what is to be put back, and see whether the weights are where the update has ended;
+        else that is the error."""
+        inspected = (seen.inspect() for seen in self._optimizers)
+        self.error = self.error or self._passes.error or next(filter(None, inspected), None)
+        try:
+            self._now = State({"model": self._model, **self._keep})
+        except Exception as caught:  # out of memory, say
+            self.error = self.error or caught
 
     def check_undoable(self, number: int) -> None:
         """Collective.
@@ -135,7 +142,7 @@ class ObservedStep:
         if watched and not frozen:
             lines.sync()  # the weights as the shards that they are in the end, too
             watch = Watch(self._everything)
-        states, now = RandomStates(), State({"model": self._model, **self._keep})
+        states = RandomStates()
         training = [(module, module.training) for module in self._model.modules()]
         moved = frozen
 
@@ -188,7 +195,7 @@ class ObservedStep:
             set_modes(as_trained=False)
             found = {}
             for name in names:
-                now.restore()
+                self._now.restore()
                 states.restore()
                 torch.clear_autocast_cache()
                 with self._passes.elsewhere():
@@ -203,7 +210,7 @@ class ObservedStep:
                 lines.move(0.0 if frozen else 1.0)
                 lines.sync()
             set_modes(as_trained=True)
-            now.restore()
+            self._now.restore()
             if frozen and self._passes.passes:
                 self._passes.restore()
             states.restore()

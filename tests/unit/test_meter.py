@@ -307,6 +307,8 @@ def test_what_a_watch_has_found_ends_the_measurements_with_that_reason() -> None
 
 def test_the_first_measurement_is_watched_or_each() -> None:
     first, always = Meter(Settings()), Meter(Settings(watch="always"))
+    first.write({TRAIN: first.measure(replace(STEP, lr=0.0), counted(quadratic)[0])}, [])
+    assert first.watches  # without a probe that was none
     for meter in (first, always):
         meter.write({TRAIN: meter.measure(STEP, counted(quadratic)[0])}, [])
     assert not first.watches and always.watches

@@ -216,3 +216,18 @@ def test_a_checksum_of_zeros_nan_and_nothing() -> None:
     assert int(checksum(torch.empty(0))) == 0
     assert int(checksum(torch.tensor(1.0))) == int(checksum(torch.tensor([1.0])))
     assert Checksums([]) == Checksums([])
+
+
+def test_what_cannot_be_looked_at_is_said_and_takes_nothing_down() -> None:
+    class Shy:
+        def __getattribute__(self, name: str) -> Any:
+            raise AttributeError(name)
+
+    def roots() -> dict[str, object]:
+        raise torch.OutOfMemoryError("no memory for a copy")
+
+    (said,) = Watch(roots).changes(CPU)
+    assert said == "what could not be read (OutOfMemoryError: no memory for a copy)"
+    model = nn.Linear(2, 2)
+    model.shy = [Shy()]
+    assert Watch(lambda: {"model": model}).changes(CPU) == []
