@@ -86,6 +86,8 @@ class ObservedOptimizer:
 
     Attributes:
         steps: how often the optimizer has stepped.
+        idle: and how often with a learning rate of 0, as warm-ups do, and
+            ``torch.distributed.checkpoint`` to make the optimizer's state.
         error: what went wrong while watching.
         lr: the largest learning rate of its parameter groups, as the step used it.
         weight_decay: the largest weight decay.
@@ -108,7 +110,7 @@ class ObservedOptimizer:
     ) -> None:
         self.optimizer = optimizer
         self._read_in = read_in
-        self.steps = 0
+        self.steps = self.idle = 0
         self.error: Exception | None = None
         self.lr = 0.0
         self.weight_decay = 0.0
@@ -144,7 +146,7 @@ class ObservedOptimizer:
             )
         if self._left == self._weights() or self.error is not None:
             return self.error
-        if self.steps:
+        if self.steps or self.idle:
             return ProbeError(
                 f"the weights were changed between {name}.step and after_step (clamped, masked, "
                 "averaged, or swapped by an optimizer around this one or by its own eval()), so "
@@ -197,7 +199,8 @@ class ObservedOptimizer:
         self._depth -= 1
         if self._depth:
             return
-        self.steps += 1
+        moves = self.lr != 0.0 or self.error is not None
+        self.steps, self.idle = self.steps + moves, self.idle + (not moves)
         try:
             # Collective for partial sums, and so made on a rank that failed before, too.
             gradients = [_gradient(parameter) for parameter in stepped(self.optimizer)]

@@ -249,7 +249,7 @@ class ObservedStep:
         started = time.perf_counter()
         self._loss_given = loss is not None
         error = self.error
-        stepped = [seen for seen in self._optimizers if seen.steps]
+        stepped = [seen for seen in self._optimizers if seen.steps or seen.idle]
         rates = [(seen.lr, seen.weight_decay) for seen in stepped] or [
             largest_rates(seen.optimizer) for seen in self._optimizers
         ]

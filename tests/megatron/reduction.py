@@ -17,21 +17,26 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 
-from megatron_sharpness.megatron.replay import reduce_losses  # noqa: E402
+from megatron_sharpness.megatron.replay import Loss, RecordingSchedule  # noqa: E402
 from megatron_sharpness.meter import ProbeError  # noqa: E402
 
 dist.init_process_group("gloo")
 mpu.initialize_model_parallel(**json.loads(os.environ["LAYOUT"]))
 rank = dist.get_rank()
 # Two micro-batches; every rank has its own sums, as data- and context-parallel ranks do.
-sums = [
-    {"lm loss": torch.tensor([10.0 + rank, 4.0])},
-    {"lm loss": torch.tensor([20.0 + rank, 6.0]), "other": torch.tensor([1.0, 1.0])},
-]
-means = [{"lm loss": torch.tensor(2.0 + rank)}, {"lm loss": torch.tensor([4.0 + rank])}]
+sums = [Loss(torch.tensor(10.0 + rank), torch.tensor(4)),
+        Loss(torch.tensor(20.0 + rank), torch.tensor(6))]  # fmt: skip
+means = [Loss(torch.tensor(2.0 + rank), None), Loss(torch.tensor([4.0 + rank]), None)]
+schedule = RecordingSchedule(lambda: None, [])
+schedule._kwargs = {"micro_batch_size": 3}
 try:
-    reduce_losses(sums, ValueError("injected") if rank == 1 else None)
+    schedule.reduce(sums, ValueError("injected") if rank == 1 else None, per_token=True)
 except ProbeError as caught:
     error = str(caught)
-result = {"sums": reduce_losses(sums, None), "means": reduce_losses(means, None), "error": error}
+result = {
+    "tokens alike": schedule.reduce(sums, None, per_token=True),
+    "micro-batches alike": schedule.reduce(sums, None, per_token=False),
+    "means": schedule.reduce(means, None, per_token=False),
+    "error": error,
+}
 Path(os.environ["OBSERVED_OUT"], f"rank{rank}.json").write_text(json.dumps(result))

@@ -75,7 +75,7 @@ def test_a_failure_can_be_made_fatal(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode != 0
     assert "hung" not in result.output
-    assert "ProbeError: ProbeError: rank 1: RuntimeError: injected" in result.output
+    assert "ProbeError: rank 1: RuntimeError: injected" in result.output
     assert result.records[-1]["status"] == "failed"
 
 

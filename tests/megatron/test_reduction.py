@@ -33,8 +33,12 @@ def test_every_token_counts_once_and_all_ranks_agree(layout: str, tmp_path: Path
     )
     assert ours == theirs
     total = sum(30.0 + 2 * rank for rank in counted)
-    assert ours["sums"] == pytest.approx([total / (10 * len(counted)), 10 * len(counted)])
-    # Older scripts report means, of which every micro-batch of every rank counts alike.
+    assert ours["tokens alike"] == pytest.approx([total / (10 * len(counted)), 10 * len(counted)])
+    alike = sum((10 + rank) / 4 + (20 + rank) / 6 for rank in counted) / (2 * len(counted))
+    assert ours["micro-batches alike"] == pytest.approx([alike, 10 * len(counted)])
+    # Older scripts return means, without a number of tokens: samples are counted. The schedule
+    # multiplies them by the context-parallel ranks.
     mean = sum(6.0 + 2 * rank for rank in counted) / (2 * len(counted))
-    assert ours["means"] == pytest.approx([mean, 2 * len(counted)])
+    mean *= options.get("context_parallel_size", 1)
+    assert ours["means"] == pytest.approx([mean, 6 * len(counted)])
     assert ours["error"] == "rank 1: ValueError: injected"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
@@ -647,6 +648,22 @@ class TwoSteps(Loop):
 
 def test_two_steps_under_one_number_have_a_reason() -> None:
     check_failed(TwoSteps, "SGD.step was called 2 times since the last after_step")
+
+
+def test_a_step_that_only_makes_the_optimizers_state_does_not_count() -> None:
+    """As checkpoints are saved or loaded: with a learning rate of 0."""
+
+    class Resumed(Passes):
+        def make_optimizer(self) -> Optimizer:
+            return AdamW(self.model.parameters(), lr=self.lr / 10)
+
+        def step(self, step: int) -> None:
+            if step == 2:
+                self.optimizer.state.clear()
+                get_optimizer_state_dict(self.model, self.optimizer)
+            super().step(step)
+
+    check_found(Resumed)
 
 
 class Numbered(Loop):
