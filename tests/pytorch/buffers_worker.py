@@ -22,6 +22,7 @@ from torch.optim import SGD
 
 from megatron_sharpness.pytorch import CriticalSharpness
 from tests.digest import hash_of
+from tests.pytorch.training import critical_fraction
 
 STEPS, EVERY = 7, 3
 
@@ -81,9 +82,24 @@ KINDS = {
 }
 
 
+class Net(nn.Sequential):
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__(norm(8), nn.Linear(8, 16), norm(16), nn.Tanh(), nn.Linear(16, 3))
+
+    def add_unused(self) -> None:
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:5]:
+            x = layer(x)
+        return x
+
+
 def train(kind: Kind, every: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), kind.norm(16), nn.Tanh(), nn.Linear(16, 3))
+    model = Net(kind.norm)
+    if "find_unused_parameters" in dict(kind.options):
+        model.add_unused()
     wrapped = DistributedDataParallel(model, **dict(kind.options))
     called = torch.compile(wrapped, backend="eager") if kind.given == "compiled" else wrapped
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -136,6 +152,71 @@ def train(kind: Kind, every: int) -> dict[str, Any]:
     return {"history": history, "records": records, "others": others}
 
 
+def number(micro_batches: int, given: str) -> dict[str, Any]:
+    """η_c beside that of a plain bisection, in which every pass sees what the training pass saw:
+    rank 0's buffers in the first micro-batch, those of its own rank later on. And the loss on other
+    data with rank 0's buffers, which the next training pass would have begun with."""
+    torch.manual_seed(0)
+    model = Net(RunningNorm)
+    wrapped = DistributedDataParallel(model)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(100 + dist.get_rank())
+    other = torch.randn(32, 8) + dist.get_rank()
+    sharpness = CriticalSharpness(
+        wrapped if given == "outer" else model, optimizer, EVERY, tolerance=1e-3,
+        losses={"other": lambda: (losses([other]).sum(), 32)},
+    )  # fmt: skip
+
+    def losses(batches: list[Tensor]) -> Tensor:
+        return torch.stack(
+            [F.cross_entropy(wrapped(x), x[:, :3].argmax(1), reduction="sum") for x in batches]
+        )
+
+    for step in range(1, EVERY + 1):
+        batches = [torch.randn(32, 8) + 3 * dist.get_rank() for _ in range(micro_batches)]
+        buffers = [b.clone() for b in model.buffers()]
+        start = [p.detach().clone() for p in model.parameters()]
+        for x in batches:
+            with contextlib.nullcontext() if x is batches[-1] else wrapped.no_sync():
+                (losses([x]).sum() / 32 / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        end = [p.detach().clone() for p in model.parameters()]
+        record = sharpness.after_step(
+            step,
+            lambda: (losses(batches).sum(), 32 * micro_batches),  # noqa: B023
+        )
+
+    with torch.no_grad():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+        for parameter, weight in zip(model.parameters(), start, strict=True):
+            parameter.copy_(weight)
+        model.eval()
+        other_loss = F.cross_entropy(model(other), other[:, :3].argmax(1))
+        dist.all_reduce(other_loss)
+        model.train()
+
+    @torch.no_grad()
+    def loss_at(fraction: Tensor) -> Tensor:
+        for parameter, a, b in zip(model.parameters(), start, end, strict=True):
+            parameter.copy_(torch.lerp(a.double(), b.double(), float(fraction)))
+        for buffer, held in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(held)
+        wrapped.require_forward_param_sync = True  # a pass without gradients switches it off
+        total = losses(batches).double().sum()
+        dist.all_reduce(total)
+        return total
+
+    assert record is not None
+    return {
+        "record": asdict(record),
+        "critical_lr": critical_fraction(loss_at) * 0.1,
+        "other": sharpness.records["other"].loss,
+        "other anew": other_loss.item() / dist.get_world_size(),
+    }
+
+
 def join() -> dict[str, Any]:
     """Rank 1 has fewer batches."""
     torch.manual_seed(0)
@@ -158,6 +239,9 @@ def join() -> dict[str, Any]:
 def results() -> Iterator[tuple[str, Any]]:
     for name, kind in KINDS.items():
         yield name, {"off": train(kind, 0), "on": train(kind, EVERY)}
+    yield "number", number(1, "outer")
+    yield "number, accumulation", number(3, "outer")
+    yield "number, inner module given", number(2, "inner")
     yield "join", join()
 
 

@@ -45,6 +45,19 @@ def test_the_loss_is_the_trained_one(kind: str, ranks: list[dict[str, Any]]) -> 
         assert record | {"seconds": 0} == other | {"seconds": 0}
 
 
+@pytest.mark.parametrize(
+    "number", ["number", "number, accumulation", "number, inner module given"]
+)
+def test_every_probe_sees_the_buffers_of_the_training_pass(
+    number: str, ranks: list[dict[str, Any]]
+) -> None:
+    for rank in ranks:
+        record = rank[number]["record"]
+        assert record["status"] == "found"
+        assert record["critical_lr"] == pytest.approx(rank[number]["critical_lr"], rel=1e-4)
+        assert rank[number]["other"] == pytest.approx(rank[number]["other anew"], rel=1e-6)
+
+
 def test_ranks_that_may_have_ended_are_not_waited_for(ranks: list[dict[str, Any]]) -> None:
     for rank, steps in zip(ranks, (3, 2), strict=True):
         assert len(rank["join"]["reasons"]) == steps
