@@ -140,10 +140,11 @@ class ObservedStep:
         Raises:
             RuntimeError: what was before it could not be kept.
         """
+        if self._outcome[0]:
+            self._end()
         if self._error is not None:
             raise RuntimeError("an optimizer step could not be taken back") from self._error
         if self._outcome[0]:
-            self.line.end()
             self.line.restore(frozen=True)
         self.line.release()
 

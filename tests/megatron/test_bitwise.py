@@ -66,8 +66,9 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
     plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
     others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
     measured = run(
-        tmp_path / "measured", f"{flags} {others}", processes=processes, every=2
-    ).expect_success()
+        tmp_path / "measured", f"{flags} {others} --critical-sharpness-watch always",
+        processes=processes, every=2,
+    ).expect_success()  # fmt: skip
 
     assert len(plain.hashes) == processes
     assert measured.hashes == plain.hashes

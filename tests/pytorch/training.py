@@ -78,7 +78,7 @@ def train(
     sharpness = None
     if every:
         sharpness = CriticalSharpness(
-            called, optimizers, every, losses={"other": other}, **layout.options
+            called, optimizers, every, losses={"other": other}, watch="always", **layout.options
         )
     losses, records, others, weights = [], [], [], []
     trained: tuple[Tensor, int] = (torch.zeros(()), 0)
