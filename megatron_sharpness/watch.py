@@ -104,7 +104,8 @@ class Checksums:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """Σ (2i + 1)·bits_i modulo 2^64 over the elements, on the tensor's device, not waited for."""
+    """Σ (2i + 1)·w_i over the 32-bit words of the tensor, chunk by chunk; on its device, not waited
+    for."""
     tensor = tensor.detach()
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     if not tensor.numel():
@@ -113,13 +114,23 @@ def checksum(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor)
     if tensor.dim() == 0:
         tensor = tensor.reshape(1)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     rows = max(1, CHUNK * len(tensor) // tensor.numel())
+    odd = torch.arange(1, 2, 2, dtype=torch.int32, device=tensor.device)
     for part in torch.split(tensor, rows):
-        words = part.contiguous().view(bits).reshape(-1)
-        odd = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=tensor.device)
-        total = 31 * total + (words * odd).sum()
+        for words in filter(len, _words(part)):
+            if len(words) > len(odd):
+                odd = torch.arange(1, 2 * len(words), 2, dtype=torch.int32, device=tensor.device)
+            total = 31 * total + (words * odd[: len(words)]).sum(dtype=torch.int64)
     return total
+
+
+def _words(part: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor as 32-bit integers, and the bytes that are left."""
+    data = part.contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 4:
+        data = data.clone()
+    whole = len(data) // 4 * 4
+    return data[:whole].view(torch.int32), data[whole:].to(torch.int32)
 
 
 def _is_small(tensor: Tensor) -> bool:
