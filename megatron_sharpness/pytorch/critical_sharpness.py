@@ -96,6 +96,7 @@ class CriticalSharpness:
         self._previous: int | None = None
         self._stride = 1
         self._told = False
+        self._said: set[str | None] = set()
         # The number of the first step is not known before it is over.
         self._observed = self._observe() if every or frozen is not None else None
 
@@ -170,7 +171,8 @@ class CriticalSharpness:
             if self._observes(step + self._stride):
                 self._observed = self._observe()
         for measurement in self.records.values():
-            if measurement.status == "failed":
+            if measurement.status == "failed" and measurement.reason not in self._said:
+                self._said.add(measurement.reason)
                 self._warn(
                     f"critical sharpness of step {step} was not measured: {measurement.reason}"
                 )
