@@ -9,12 +9,13 @@ Objects of other libraries are not looked into, unless they are asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from types import ModuleType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,11 @@ class State:
         if isinstance(value, nn.Module):
             return self._visit_module(name, value)
         library = type(value).__module__.partition(".")[0]
+        if isinstance(value, MethodType):
+            return [(f"{name}.__self__", value.__self__)]
+        if isinstance(value, functools.partial):
+            given = {"func": value.func, "args": value.args, "keywords": value.keywords}
+            return [(f"{name}.{key}", held) for key, held in given.items()]
         open_to_all = id(value) in self._roots or isinstance(value, SimpleNamespace)
         if library in self._closed and not open_to_all:
             return ()

@@ -54,8 +54,8 @@ def test_the_unmodified_script_is_measured(at_run_time: tuple[Run, Run]) -> None
     plain, measured = at_run_time
     assert measured.training_lines == plain.training_lines
     assert [record["status"] for record in measured.records] == ["found"] * 3
-    # The script's own micro-batches can be made of other data. It can rise at once, or nearly so for
-    # 16 bits: expected answers.
+    # The script's own micro-batches can be made of other data. Its loss can rise at once, or nearly
+    # so for 16 bits: expected answers.
     answers = {"found", "not_descent", "noise_limited"}
     assert {record["status"] for record in measured.relative_records} <= answers
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections import Counter, OrderedDict, deque
 from enum import Enum
 from fractions import Fraction
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Kind(Enum):
 class Own:
     def __init__(self, **held: Any) -> None:
         vars(self).update(held)
+
+    def method(self) -> None: ...
 
 
 class Slotted:
@@ -59,6 +62,10 @@ def change(value: Any) -> Any:
         value.inside = 7
     elif isinstance(value, Slotted):
         value.count += 1
+    elif isinstance(value, MethodType):
+        value.__self__.inside += 1
+    elif isinstance(value, functools.partial):
+        value.args[0].append(1)
     elif isinstance(value, tuple):
         change(value[0])
     else:
@@ -74,7 +81,8 @@ HELD = {
     "tuple": ([1], 2), "generator": torch.Generator(), "python": random.Random(1),
     "numpy": np.random.default_rng(1), "older": np.random.RandomState(1),
     "own": Own(inside=1, deeper=[Own(x=1)]), "names": SimpleNamespace(inside=1),
-    "slotted": Slotted(), "complex": torch.ones(2, dtype=torch.complex64),
+    "slotted": Slotted(), "bound": Own(inside=1).method, "partial": functools.partial(print, [1]),
+    "complex": torch.ones(2, dtype=torch.complex64),
     "graph": torch.ones(2, requires_grad=True) * 2, "strided": torch.ones(4, 3).t(),
 }  # fmt: skip
 
