@@ -35,6 +35,7 @@ from megatron_sharpness.self_test import (
     SAME_IN_16_BITS,
     SEEN,
     STILL,
+    Unrepeatable,
     WrongLoss,
     agrees,
     disturbed,
@@ -210,7 +211,7 @@ class Meter:
         self._watched |= changed is not None and any(r.evaluations for r in records.values())
         if changed:
             self.ended = disturbed(changed)
-            records = {name: _without_number(r, self.ended) for name, r in records.items()}
+            records = {name: without_number(r, self.ended) for name, r in records.items()}
         for record in records.values():
             self._write(record)
         failed = next((r for r in records.values() if r.status == "failed"), None)
@@ -261,9 +262,12 @@ class Meter:
                 max_evaluations=self.settings.max_evaluations,
             )
             record = replace(record, tokens=tokens, evaluations=search.evaluations)
-            if _is_still(step, search, noise):
+            if _is_still(step, search, loss, noise):
                 raise WrongLoss(still(search.probes[0].loss))
             found = self._test_slope(step, _read(step, record, search), search, loss_alone)
+        except Unrepeatable as error:
+            self.ended = str(error)
+            return replace(record, reason=self.ended)
         except (WrongLoss, ProbeError) as error:
             return replace(record, reason=str(error))
         except Exception as error:  # whatever it is, the run goes on
@@ -456,16 +460,18 @@ def _blank(step: Step, name: str) -> Measurement:
     return replace(record, edge_of_stability=line, edge_of_stability_preconditioned=other)
 
 
-def _without_number(record: Measurement, reason: str) -> Measurement:
+def without_number(record: Measurement, reason: str) -> Measurement:
     """The record of a measurement that is not to be trusted, with what was known before it."""
     kept = ("iteration", "consumed_samples", "lr", "batch", "seconds", "evaluations")
     values = {name: getattr(record, name) for name in kept}
     return Measurement(**values, status="failed", reason=reason)
 
 
-def _is_still(step: Step, search: SearchResult, noise: float) -> bool:
-    """Whether the loss is the same wherever it was looked, though the slope promises to be seen."""
+def _is_still(step: Step, search: SearchResult, loss: float, noise: float) -> bool:
+    """Whether the loss is L(θ) wherever it was looked, though the slope promises to be seen."""
     if len(search.probes) < 3 or len({probe.loss for probe in search.probes}) > 1:
+        return False
+    if not is_exact(abs(search.probes[0].loss - loss), loss):
         return False
     farthest = max(probe.lr for probe in search.probes)
     seen = step.slope is None or abs(step.slope) * farthest > SEEN * noise

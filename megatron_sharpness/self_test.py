@@ -45,6 +45,10 @@ class WrongLoss(Exception):
     """What is evaluated is not the loss that was differentiated; the message says what was seen."""
 
 
+class Unrepeatable(WrongLoss):
+    """It is another one each time: evaluating it once more can only change something again."""
+
+
 def is_exact(error: float | None, trained: float) -> bool:
     """Whether a replay that is off by ``error`` may stand for the training loss."""
     return error is not None and error <= EXACT * max(1.0, abs(trained))
@@ -58,17 +62,19 @@ def repeat_error(loss: float, loss_at_start: Callable[[], float], same: float) -
         same: SAME, or SAME_IN_16_BITS.
 
     Raises:
-        WrongLoss: it differs by more than kernels can explain.
+        Unrepeatable: it differs by more than kernels can explain.
     """
     losses = [loss, loss_at_start()]
     if losses[0] == losses[1]:
         return 0.0
     losses += [loss_at_start(), loss_at_start()]
     if not all(abs(value - loss) <= max(same * abs(loss), EXACT) for value in losses):
-        raise WrongLoss(
+        raise Unrepeatable(
             f"the loss does not repeat: evaluated {len(losses)} times at the same weights it is "
-            f"{min(losses):.6g} to {max(losses):.6g}. Likely causes: another batch at each call, "
-            "or random numbers from generators that are not those of Python, NumPy and PyTorch"
+            f"{min(losses):.6g} to {max(losses):.6g}. Likely causes: another batch at each call; "
+            "state that it changes where it cannot be reached from the model (name it: `keep`), "
+            "such as iterators and generators of other libraries. No further step of this run is "
+            "measured"
         )
     mean = sum(losses) / len(losses)
     return math.sqrt(sum((value - mean) ** 2 for value in losses) / (len(losses) - 1))

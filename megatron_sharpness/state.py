@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import random
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from types import MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ PLAIN = (
 SCRATCH = {"input_tensor", "_fp8_workspaces"}
 
 #: Libraries whose objects are not looked into: their own business, or too much.
-_CLOSED = sys.stdlib_module_names | {
+_CLOSED = (sys.stdlib_module_names - {"queue"}) | {
     "torch", "numpy", "megatron_sharpness", "megatron", "transformer_engine", "apex",
     "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "lightning",
     "pytorch_lightning", "lightning_fabric", "olmo_core", "torchtitan", "deepspeed", "tensorboard",
@@ -116,11 +118,16 @@ class State:
             self.plain[name] = state = read()
             self._put_back.append(lambda: write(state))
             return ()
+        if isinstance(value, (bytearray, array)):
+            self.plain[name] = raw = value[:]
+            self._put_back.append(lambda: operator.setitem(value, slice(None), raw))
+            return ()
         if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
             self._keep_container(value)
             items = value.items() if isinstance(value, dict) else enumerate(value)
             self.plain[f"{name} length"] = len(value)
-            return [(f"{name}[{self._key(i, key)}]", v) for i, (key, v) in enumerate(items)]
+            held = [(f"{name}[{self._key(i, key)}]", v) for i, (key, v) in enumerate(items)]
+            return [*held, *self._visit_object(name, value)]  # a subclass may have attributes
         return self._visit_object(name, value)
 
     def _key(self, index: int, key: object) -> object:
@@ -139,7 +146,8 @@ class State:
 
     def _visit_tensor(self, name: str, tensor: Tensor) -> Iterable[tuple[str, object]]:
         is_parameter = isinstance(tensor, nn.Parameter)
-        if tensor.layout != torch.strided or (is_parameter and not self._parameters):
+        wanted = not is_parameter or self._parameters or id(tensor) in self._roots
+        if tensor.layout != torch.strided or not wanted:
             return ()
         name = self._names.get(id(tensor), name)
         with torch.no_grad():
@@ -153,8 +161,11 @@ class State:
             copy = held.detach().clone()
             self._put_back.append(lambda: _write(held, copy))
         # FSDP1 tidies the gradients of its flat parameters up at the begin of each pass.
-        flat = getattr(tensor, "_is_flat_param", False)
-        return [(f"{name}.grad", tensor.grad)] if is_parameter and not flat else ()
+        if not (is_parameter and self._parameters) or getattr(tensor, "_is_flat_param", False):
+            return ()
+        gradient = tensor.grad
+        self._put_back.append(lambda: setattr(tensor, "grad", gradient))
+        return [(f"{name}.grad", gradient)]
 
     def _visit_object(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
         if isinstance(value, torch.jit.ScriptModule):
@@ -164,6 +175,8 @@ class State:
         library = type(value).__module__.partition(".")[0]
         if isinstance(value, MethodType):
             return [(f"{name}.__self__", value.__self__)]
+        if isinstance(value, FunctionType):
+            return self._visit_function(name, value)
         if isinstance(value, functools.partial):
             given = {"func": value.func, "args": value.args, "keywords": value.keywords}
             return [(f"{name}.{key}", held) for key, held in given.items()]
@@ -171,13 +184,31 @@ class State:
         if library in self._closed and not open_to_all:
             return ()
         attributes = {key: v for key, v in _attributes(value) if key not in self._ignored}
-        if isinstance(value, (type, ModuleType)) or not hasattr(value, "__dict__"):
-            self._put_back.append(lambda: _set_attributes(value, attributes))
-        else:
-            self._put_back.append(
-                lambda: _put_entries_back(vars(value), attributes, self._ignored)
-            )
-        return [(f"{name}.{key}", v) for key, v in attributes.items()]
+        self._put_back.append(lambda: _set_attributes(value, attributes))
+        if hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)):
+            held = {key: v for key, v in vars(value).items() if key not in self._ignored}
+            self._put_back.append(lambda: _put_entries_back(vars(value), held, self._ignored))
+        inside = [(f"{name}.{key}", v) for key, v in attributes.items()]
+        return [*inside, *self._classes(name, value)]
+
+    def _classes(self, name: str, value: object) -> Iterable[tuple[str, object]]:
+        """The classes of an object, whose attributes its methods may change, too."""
+        if isinstance(value, (type, ModuleType)):
+            return ()
+        mine = [k for k in type(value).__mro__ if k.__module__.split(".")[0] not in self._closed]
+        self._roots.update(map(id, mine))
+        return [(f"{name}.{kind.__name__}", kind) for kind in mine]
+
+    def _visit_function(self, name: str, function: FunctionType) -> Iterable[tuple[str, object]]:
+        """What a function has kept of the scope that it was defined in."""
+        if (function.__module__ or "").partition(".")[0] in self._closed:
+            return ()
+        names = function.__code__.co_freevars
+        cells = list(zip(names, function.__closure__ or (), strict=True))
+        held = {key: cell.cell_contents for key, cell in cells}
+        for key, cell in cells:
+            self._put_back.append(functools.partial(setattr, cell, "cell_contents", held[key]))
+        return [(f"{name}.{key}", v) for key, v in held.items()]
 
     def _visit_module(self, name: str, module: nn.Module) -> Iterable[tuple[str, object]]:
         left_out = _OF_MODULES | self._ignored
@@ -188,7 +219,8 @@ class State:
         inside = {**module._modules, **(module._parameters if self._parameters else {})}
         buffers = {key: module._buffers[key] for key in module._buffers}
         self._keep_container(module._buffers)
-        return [(f"{name}.{key}", v) for key, v in {**inside, **buffers, **attributes}.items()]
+        found = [(f"{name}.{key}", v) for key, v in {**inside, **buffers, **attributes}.items()]
+        return [*found, *self._classes(name, module)]
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -198,11 +230,15 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
             code = callable(held) or isinstance(held, (classmethod, staticmethod, property))
             if not key.startswith("__") and not code:
                 yield key, held
-    elif hasattr(value, "__dict__"):
-        yield from list(vars(value).items())
-    else:
-        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
-        yield from [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+        return
+    yield from list(getattr(value, "__dict__", {}).items())
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            key = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+            if key not in ("__dict__", "__weakref__") and hasattr(value, key):
+                yield key, getattr(value, key)
 
 
 def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:

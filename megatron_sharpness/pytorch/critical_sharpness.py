@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,9 +14,14 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.errors import SettingError
 from megatron_sharpness.measurement import TRAIN, Measurement
-from megatron_sharpness.meter import Meter, ProbeError, Sink, Step
+from megatron_sharpness.meter import Meter, ProbeError, Sink, Step, without_number
 from megatron_sharpness.pytorch.step import Evaluate, LossSum, ObservedStep
-from megatron_sharpness.pytorch.support import inner_optimizer, refuse_unsupported
+from megatron_sharpness.pytorch.support import (
+    check_callables,
+    inner_optimizer,
+    optimizers_in,
+    refuse_unsupported,
+)
 from megatron_sharpness.settings import Settings, check_names
 
 
@@ -74,15 +80,15 @@ class CriticalSharpness:
         keep: Sequence[object] = (),
         **settings: Any,
     ) -> None:
-        given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        optimizers = [inner_optimizer(entry) for entry in given]
+        optimizers = [inner_optimizer(entry) for entry in optimizers_in(optimizer)]
         self._settings = Settings(every=every, **settings)
         refuse_unsupported(model, optimizers, mode=mode, offload=offload)
         self._model = model
         self._optimizers = optimizers
         self._losses = dict(losses or {})
         check_names(self._losses)
-        if frozen is not None and frozen < 0:
+        check_callables(self._losses, sinks)
+        if frozen is not None and (not isinstance(frozen, int) or frozen < 0):
             raise SettingError("frozen", frozen, "a number of steps; give 0 or more, or None")
         self._frozen = frozen
         #: The records of the last measurement, by name of the data.
@@ -138,6 +144,10 @@ class CriticalSharpness:
         Raises:
             ProbeError: the measurement failed, and ``on_error`` is ``raise``.
         """
+        try:
+            step = operator.index(step)
+        except TypeError:
+            raise SettingError("step", step, "a step has a whole number; give an int") from None
         observed, self._observed = self._observed, None
         previous = self._count(step)
         try:
@@ -222,6 +232,8 @@ class CriticalSharpness:
                 return None
             seen = observed.agree(step, trained=self._mode == "train", **given)
             record = meter.measure(seen, lambda learning_rate: loss_at(learning_rate / seen.lr))
+            if record.evaluations and (reason := observed.check_draws(seen, loss_at)) is not None:
+                record = without_number(record, reason)
             others = meter.measure_others(
                 seen,
                 self._losses,

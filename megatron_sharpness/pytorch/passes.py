@@ -17,6 +17,13 @@ from megatron_sharpness.meter import ProbeError
 from megatron_sharpness.replay import RandomStates
 from megatron_sharpness.state import State
 
+#: What to say of an evaluation that draws other numbers than the step.
+OTHER_DRAWS = (
+    "evaluate draws random numbers outside of the model, and not the ones that the training step "
+    "has drawn since the last after_step, as something else was drawn in between (a loader's seed, "
+    "an augmentation); draw them in the model, or once a step and keep them"
+)
+
 
 @dataclass
 class Pass:
@@ -256,6 +263,7 @@ class Replay:
 
     Attributes:
         calls: how often the model has been called.
+        strayed: whether other numbers were drawn between the passes than in training.
         strict: whether this is to be the very step.
     """
 
@@ -267,7 +275,7 @@ class Replay:
         self._passes = passes
         self._broadcast = broadcast
         self._left = RandomStates()
-        self._strayed = False
+        self.strayed = False
 
     def begin(self, module: nn.Module, *_: Any) -> None:
         expected = self._passes[self.calls] if self.calls < len(self._passes) else None
@@ -279,7 +287,7 @@ class Replay:
         self._broadcast(expected.broadcasts)
         now = RandomStates()
         if now != expected.before:
-            self._strayed |= now != self._left
+            self.strayed |= now != self._left
             expected.before.restore()
 
     def end(self, *_: Any) -> None:
@@ -305,13 +313,8 @@ class Replay:
                 "be matched to the passes that drew them; have evaluate make the passes of the "
                 "step since the last after_step, all of them and in their order, or use mode='eval'"
             )
-        if self._strayed and not known:
-            raise ProbeError(
-                "evaluate draws random numbers outside of the model, and not the ones that the "
-                "training step has drawn since the last after_step, between which others were "
-                "drawn; draw them in the model, or once a step and keep them, or give `loss`, "
-                "which tells whether they matter"
-            )
+        if self.strayed and not known:
+            raise ProbeError(f"{OTHER_DRAWS}. With `loss` it could be told whether they matter")
 
 
 def _eager_owners(module: nn.Module) -> Iterator[nn.Module]:

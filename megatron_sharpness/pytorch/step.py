@@ -7,20 +7,28 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megatron_sharpness.meter import ProbeError, Step
 from megatron_sharpness.products import StepProducts
-from megatron_sharpness.pytorch.passes import RecordedPasses, collective_device
-from megatron_sharpness.pytorch.shards import ModelOnLines, ObservedOptimizer, largest_rates
+from megatron_sharpness.pytorch.passes import OTHER_DRAWS, RecordedPasses, collective_device
+from megatron_sharpness.pytorch.shards import (
+    ModelOnLines,
+    ObservedOptimizer,
+    largest_rates,
+    local,
+)
 from megatron_sharpness.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
+from megatron_sharpness.self_test import EXACT, SAME, is_exact
 from megatron_sharpness.state import State
-from megatron_sharpness.watch import Watch
+from megatron_sharpness.watch import Checksums, Watch
 
 #: A sum of losses in nats and the number of tokens that it was summed over.
 LossSum = tuple[Tensor | float, Tensor | float]
@@ -76,7 +84,8 @@ class ObservedStep:
         ]
         self._now = State({})
         self._loss_given = False
-        self._ambiguous = False
+        self._ambiguous = self._strayed = False
+        self._left_out = self._weights_left_out()
 
     @property
     def passes_seen(self) -> int:
@@ -98,9 +107,40 @@ class ObservedStep:
         inspected = (seen.inspect() for seen in self._optimizers)
         self.error = self.error or self._passes.error or next(filter(None, inspected), None)
         try:
+            if self.error is None and self._left_out != self._weights_left_out():
+                self.error = ProbeError(
+                    "parameters of the model have changed that no optimizer given steps, so that "
+                    "the line is not the whole update; give all optimizers of the step, in a list. "
+                    "One that steps fp32 copies beside the model cannot be followed: keep the "
+                    "weights themselves in fp32, and compute in 16 bits under autocast"
+                )
             self._now = State({"model": self._model, **self._keep})
         except Exception as caught:  # out of memory, say
             self.error = self.error or caught
+
+    def check_draws(self, seen: Step, loss_at: LossAt) -> str | None:
+        """Why the record is not to be believed, if so. Collective.
+
+        Where the evaluation has drawn other numbers than the step between the passes, they matter
+        or not: that is seen from L(θ), evaluated once more.
+        """
+        strayed = torch.tensor([self._strayed], dtype=torch.float64)
+        if not all_max(strayed, collective_device()).item() or seen.training_loss is None:
+            return None
+        loss, _ = loss_at(0.0)
+        off = abs(loss - seen.training_loss)
+        as_trained = off <= max(SAME * abs(loss), EXACT) if seen.coarse else is_exact(off, loss)
+        return None if as_trained else f"L(θ) is off by {off:.3g} nat: {OTHER_DRAWS}"
+
+    def _weights_left_out(self) -> Checksums:
+        """Of parameters that train, and that no optimizer given steps."""
+        if any(isinstance(module, FSDPModule) for module in self._model.modules()):
+            return Checksums([])  # whose parameters are others in a pass
+        groups = (group for seen in self._optimizers for group in seen.optimizer.param_groups)
+        given = {id(parameter) for group in groups for parameter in group["params"]}
+        return Checksums(
+            local(p) for p in self._model.parameters() if p.requires_grad and id(p) not in given
+        )
 
     def check_undoable(self, number: int) -> None:
         """Collective.
@@ -188,7 +228,9 @@ class ObservedStep:
             if self._ambiguous and not eval_mode:
                 count_passes()
             with self._passes.replaying(strict=not eval_mode) as replay:
-                return reduced(evaluate, error, lambda: replay.check(known=self._loss_given))
+                found = reduced(evaluate, error, lambda: replay.check(known=self._loss_given))
+            self._strayed |= replay.strayed
+            return found
 
         def losses_at(fraction: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
             error = move(fraction)
@@ -344,6 +386,9 @@ def _sums(given: Any, name: str = "evaluate()") -> LossSum:
             "and number of tokens"
         )
     loss, tokens = given
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, (Tensor, Real)):
+            raise TypeError(f"{name} holds {value!r}, which is no number")
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise TypeError(
             f"{name} has a loss of shape {tuple(loss.shape)}; it is to be the sum of losses, one "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -12,6 +13,37 @@ from torch.optim import LBFGS, Optimizer
 
 from megatron_sharpness.errors import InputError, SettingError
 from megatron_sharpness.pytorch.shards import local, stepped
+
+
+def optimizers_in(given: Any) -> list[Optimizer]:
+    """One optimizer, or those of a sequence.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(given, Optimizer):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:
+        raise InputError(
+            f"optimizer: {type(given).__name__} is not a torch.optim.Optimizer, whose step can be "
+            "observed; give the optimizers that it holds"
+        ) from None
+
+
+def check_callables(losses: Mapping[str, object], sinks: Sequence[object]) -> None:
+    """Refuse losses that are no functions, and sinks that nothing can be written to.
+
+    Raises:
+        InputError: names what it is.
+    """
+    for name, function in losses.items():
+        if not callable(function):
+            raise SettingError("losses", name, f"{function!r} is no function; give one")
+    for sink in sinks:
+        if not callable(getattr(sink, "write", None)):
+            raise SettingError("sinks", sink, "it has no method write(measurement)")
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:

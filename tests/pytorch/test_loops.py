@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
+import re
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -640,6 +641,23 @@ def test_draws_that_cannot_be_matched_have_a_reason() -> None:
     check_found(Harmless)
 
 
+def test_draws_that_begin_not_to_match_later_have_a_reason() -> None:
+    """As at each new epoch of a loader, once the first measurement has been passed."""
+
+    class Epochs(NoiseInTheLoss):
+        def step(self, step: int) -> None:
+            if step == 4:
+                torch.rand(1)
+            super().step(step)
+
+        def measure(self, step: int) -> Measurement | None:
+            return self.sharpness.after_step(step, self.evaluate, loss=(self.trained[step], 1))
+
+    records = check_same(Epochs).records
+    assert records[2].status == "found" and records[4].status == "failed"
+    assert "L(θ) is off by" in str(records[4].reason) and records[4].critical_lr is None
+
+
 class TwoSteps(Loop):
     def update(self) -> None:
         super().update()
@@ -692,6 +710,25 @@ def test_an_interval_that_is_never_due_is_said_once() -> None:
     assert len(said) == 1
     with pytest.raises(InputError, match=r"every=2\.5: an interval is a positive whole number"):
         CriticalSharpness(net(), [], every=2.5)  # type: ignore[arg-type]
+
+
+def test_what_is_given_is_checked() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.3)
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (None, {}, "optimizer: NoneType is not a torch.optim.Optimizer"),
+        (optimizer, {"frozen": 1.5}, "frozen=1.5: a number of steps"),
+        (optimizer, {"losses": {"a": 1}}, "1 is no function"),
+        (optimizer, {"sinks": [3]}, "sinks=3: it has no method write"),
+        (optimizer, {"watch": "never"}, "watch='never': give 'first' or 'always'"),
+    ]
+    for given, options, said in wrong:
+        with pytest.raises(InputError, match=re.escape(said)):
+            CriticalSharpness(model, given, **options)
+    sharpness = CriticalSharpness(model, optimizer)
+    with pytest.raises(InputError, match=r"step=2\.5: a step has a whole number"):
+        sharpness.after_step(2.5, lambda: (0.0, 1))  # type: ignore[arg-type]
+    sharpness.after_step(np.int64(2), lambda: (0.0, 1))  # type: ignore[arg-type]
 
 
 def test_a_model_may_be_copied_and_saved_while_it_is_observed(tmp_path: Any) -> None:
@@ -751,17 +788,56 @@ def test_weights_that_the_model_does_not_read_have_a_reason() -> None:
                 for master, parameter in zip(self.masters, self.model.parameters(), strict=True):
                     parameter.copy_(master)
 
-    check_failed(Masters, "does not read the parameters that the optimizer steps")
+    check_failed(Masters, "that no optimizer given steps", "fp32 copies beside the model")
 
-    class Copied(Masters):
-        """Writes into weights that no optimizer given steps: left at the last probe's, but for the
-        watch."""
+    class Unread(Masters):
+        def afterwards(self, step: int) -> None:
+            """The model stays as it is."""
 
-        def evaluate(self) -> tuple[Any, int]:
-            self.afterwards(0)
-            return super().evaluate()
+    check_failed(Unread, "does not read the parameters that the optimizer steps")
 
-    check_failed(Copied, "has changed what training reads later: model.0.weight")
+
+def test_all_optimizers_of_the_step_have_to_be_given() -> None:
+    class OneOfTwo(Loop):
+        def make_optimizer(self) -> Any:
+            self.other = SGD(self.model[0].parameters(), lr=self.lr)
+            return SGD(self.model[3].parameters(), lr=self.lr)
+
+        def update(self) -> None:
+            super().update()
+            self.other.step()
+            self.other.zero_grad()
+
+    check_failed(OneOfTwo, "have changed that no optimizer given steps", "give all optimizers")
+
+
+def test_a_frozen_parameter_that_passes_change_is_kept_where_it_is_given() -> None:
+    class Codebook(Loop):
+        def make_model(self) -> nn.Module:
+            model = net()
+            model.codes = nn.Parameter(torch.zeros(8), requires_grad=False)
+            return model
+
+        def make_optimizer(self) -> Any:
+            return SGD([p for p in self.model.parameters() if p.requires_grad], lr=self.lr)
+
+        def loss(self, i: int) -> Tensor:
+            with torch.no_grad():
+                self.model.codes.lerp_(INPUTS[i].mean(0) + 1.0, 0.1)
+            inputs = INPUTS[i] - self.model.codes
+            return F.cross_entropy(self.model(inputs), TARGETS[i], reduction="sum")
+
+    for record in Codebook(2).run().records.values():
+        assert record.status == "failed" and "keep" in str(record.reason)
+
+    class Given(Codebook):
+        def __init__(self, every: int = 2) -> None:
+            super().__init__(0)
+            self.sharpness = CriticalSharpness(
+                self.model, self.optimizer, every, keep=[self.model.codes], tolerance=1e-3
+            )
+
+    check_found(Given)
 
 
 class Penalty(Loop):

@@ -305,6 +305,17 @@ def test_what_a_watch_has_found_ends_the_measurements_with_that_reason() -> None
     assert records == [found, record]
 
 
+def test_a_loss_that_does_not_repeat_is_not_tried_again() -> None:
+    """Each time it might change what training reads."""
+    numbers = itertools.count()
+    meter = Meter(Settings())
+    first = measure(meter, lambda eta: START + next(numbers), UNKNOWN)
+    made = next(numbers)
+    again = measure(meter, lambda eta: START + next(numbers), UNKNOWN)
+    assert first.status == again.status == "failed" and again.reason == first.reason
+    assert "No further step of this run" in str(first.reason) and next(numbers) == made + 1
+
+
 def test_the_first_measurement_is_watched_or_each() -> None:
     first, always = Meter(Settings()), Meter(Settings(watch="always"))
     first.write({TRAIN: first.measure(replace(STEP, lr=0.0), counted(quadratic)[0])}, [])
@@ -323,7 +334,10 @@ def test_what_a_watch_has_found_can_be_made_fatal() -> None:
 def test_a_loss_that_is_the_same_everywhere_says_what_the_model_does_not_read() -> None:
     for step in (STEP, UNKNOWN, replace(UNKNOWN, slope=None)):
         record = measure(Meter(Settings()), lambda eta: START, step)
-        assert record.status == "failed" and "does not read" in str(record.reason)
+        assert record.status == "failed" and "wherever along" in str(record.reason)
+    # A loss that falls to a constant, such as 0, is another thing.
+    fallen = measure(Meter(Settings()), lambda eta: 0.0 if eta else START, UNKNOWN)
+    assert "wherever along" not in str(fallen.reason)
     # Within the noise that is no news.
     hidden = replace(STEP, noise=1e6, lr=1e-6)
     assert measure(meter_past_its_test(), lambda eta: START, hidden).status != "failed"

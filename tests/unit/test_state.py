@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import queue
 import random
 import threading
+from array import array
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from enum import Enum
 from fractions import Fraction
-from types import MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,10 +37,50 @@ class Own:
 
 
 class Slotted:
-    __slots__ = ("count",)
+    __slots__ = ("__hidden", "count")
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.__hidden = 0, [0]
+
+    def change(self) -> None:
+        self.count += 1
+        self.__hidden.append(1)
+
+
+class Both(Slotted):
+    """Slots, and a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = 1
+
+    def change(self) -> None:
+        super().change()
+        self.more += 1
+
+
+class Listed(list[int]):
+    """A container with attributes of its own."""
+
+    calls = 0
+
+
+class Shared:
+    """Counts in its class."""
+
+    calls = 0
+
+
+def closure() -> Callable[[], int]:
+    calls, seen = 0, [0]
+
+    def call() -> int:
+        nonlocal calls
+        calls += 1
+        seen.append(calls)
+        return calls
+
+    return call
 
 
 def change(value: Any) -> Any:
@@ -48,6 +91,8 @@ def change(value: Any) -> Any:
         value += 1
     elif isinstance(value, (Counter, OrderedDict, dict)):
         value["new"] = 1
+    elif isinstance(value, Listed):
+        value.calls += 1
     elif isinstance(value, (list, deque)):
         value.append(1)
     elif isinstance(value, set):
@@ -61,7 +106,15 @@ def change(value: Any) -> Any:
     elif isinstance(value, (Own, SimpleNamespace)):
         value.inside = 7
     elif isinstance(value, Slotted):
-        value.count += 1
+        value.change()
+    elif isinstance(value, Shared):
+        Shared.calls += 1
+    elif isinstance(value, FunctionType):
+        value()
+    elif isinstance(value, queue.Queue):
+        value.put(1)
+    elif isinstance(value, (bytearray, array)):
+        value[0] += 1
     elif isinstance(value, MethodType):
         value.__self__.inside += 1
     elif isinstance(value, functools.partial):
@@ -81,7 +134,10 @@ HELD = {
     "tuple": ([1], 2), "generator": torch.Generator(), "python": random.Random(1),
     "numpy": np.random.default_rng(1), "older": np.random.RandomState(1),
     "own": Own(inside=1, deeper=[Own(x=1)]), "names": SimpleNamespace(inside=1),
-    "slotted": Slotted(), "bound": Own(inside=1).method, "partial": functools.partial(print, [1]),
+    "slotted": Slotted(), "both": Both(),
+    "listed": Listed([1]), "shared": Shared(), "closure": closure(), "queue": queue.Queue(),
+    "bytes": bytearray(2), "numbers": array("d", [1.0]),
+    "bound": Own(inside=1).method, "partial": functools.partial(print, [1]),
     "complex": torch.ones(2, dtype=torch.complex64),
     "graph": torch.ones(2, requires_grad=True) * 2, "strided": torch.ones(4, 3).t(),
 }  # fmt: skip
