@@ -10,7 +10,7 @@ from megatron_sharpness.watch import Watch
 
 
 def main() -> None:
-    training = Training(Size(sequence=512, micro_batches=4))
+    training = Training(Size(width=256, layers=2, micro_batches=4))
     iterations = [ranks.clock(training.step) for _ in range(6)][1:]
     roots = {"model": training.model, "optimizer": training.optimizer}
     looks = [

@@ -15,9 +15,18 @@ from benchmarks.probe import LAYOUTS as PROBED
 from benchmarks.probe import MEGATRON
 from benchmarks.results import markdown, spread
 
-REPETITIONS = 7
-LAYOUTS = {name: flags for name, flags in PROBED.items() if flags[1] is not None} | {
-    "Megatron EP2, 8 experts": (2, "--expert-model-parallel-size 2 --num-experts 8"),
+REPETITIONS = 3
+
+#: A smaller one than the probes': what is walked is as much, and an iteration is shorter.
+SMALLER = (
+    "--num-layers 2 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
+    "--max-position-embeddings 256 --global-batch-size 8 --train-iters 4 "
+    "--measure-critical-sharpness-every 4"
+)
+LAYOUTS = {
+    "Megatron DP2, overlap": PROBED["Megatron DP2, overlap"],
+    "Megatron TP2, sequence parallel": PROBED["Megatron TP2, sequence parallel"],
+    "Megatron EP2, 4 experts": (2, "--expert-model-parallel-size 2 --num-experts 4"),
     "PyTorch": (1, None),
 }
 
@@ -30,7 +39,7 @@ def run() -> dict[str, Any]:
             ["benchmarks/torch_watch.py"]
             if flags is None
             else [*ranks.MEGATRON, "benchmarks/megatron_watch.py", *MEGATRON.split(),
-                  *flags.split(), "--train-iters", "6", "--measure-critical-sharpness-every", "6"]
+                  *SMALLER.split(), *flags.split()]
         )  # fmt: skip
         timed = ranks.launch(command, processes, {"BENCHMARK_REPETITIONS": str(REPETITIONS)})
         iteration = statistics.median(timed["iterations"])
@@ -39,7 +48,7 @@ def run() -> dict[str, Any]:
             "price": spread(2 * look / iteration for look in timed["looks"]),
             **timed,
         }
-    return {"settings": {"repetitions": REPETITIONS, "megatron": MEGATRON.split()},
+    return {"settings": {"repetitions": REPETITIONS, "megatron": [*MEGATRON.split(), *SMALLER.split()]},
             "results": results}  # fmt: skip
 
 
