@@ -48,8 +48,8 @@ def run() -> dict[str, Any]:
             "price": spread(2 * look / iteration for look in timed["looks"]),
             **timed,
         }
-    return {"settings": {"repetitions": REPETITIONS, "megatron": [*MEGATRON.split(), *SMALLER.split()]},
-            "results": results}  # fmt: skip
+    settings = {"repetitions": REPETITIONS, "megatron": [*MEGATRON.split(), *SMALLER.split()]}
+    return {"settings": settings, "results": results}
 
 
 def table(document: dict[str, Any]) -> str:
