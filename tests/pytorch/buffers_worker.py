@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.pytorch.passes import RecordedPasses
+from megatron_sharpness.state import State
 from tests.digest import hash_of
 from tests.pytorch.training import critical_fraction
 
@@ -236,6 +239,27 @@ def join() -> dict[str, Any]:
     return {"reasons": reasons}
 
 
+def flag() -> str | None:
+    """What the watch says where no one puts DDP's flags back."""
+    with (
+        mock.patch.object(RecordedPasses, "undisturbed", lambda passes: contextlib.nullcontext()),
+        mock.patch.object(State, "restore", lambda state: None),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = DistributedDataParallel(nn.Linear(8, 3))
+        optimizer = SGD(model.parameters(), lr=0.1)
+        sharpness = CriticalSharpness(model, optimizer, 1)
+        x = torch.randn(32, 8)
+        F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+        optimizer.step()
+        record = sharpness.after_step(
+            1, lambda: (F.cross_entropy(model(x), x[:, :3].argmax(1), reduction="sum"), 32)
+        )
+    return record and record.reason
+
+
 def results() -> Iterator[tuple[str, Any]]:
     for name, kind in KINDS.items():
         yield name, {"off": train(kind, 0), "on": train(kind, EVERY)}
@@ -243,6 +267,7 @@ def results() -> Iterator[tuple[str, Any]]:
     yield "number, accumulation", number(3, "outer")
     yield "number, inner module given", number(2, "inner")
     yield "join", join()
+    yield "flag", flag()
 
 
 if __name__ == "__main__":

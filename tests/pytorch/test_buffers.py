@@ -63,3 +63,8 @@ def test_ranks_that_may_have_ended_are_not_waited_for(ranks: list[dict[str, Any]
         assert len(rank["join"]["reasons"]) == steps
         for status, reason in rank["join"]["reasons"]:
             assert status == "failed" and reason.startswith("DDP.join(): ")
+
+
+def test_the_watch_names_ddps_flag_where_it_is_not_put_back(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "model.require_forward_param_sync" in rank["flag"]
