@@ -99,10 +99,14 @@ class State:
                     pending.extend(self._visit(name, value))
 
     def restore(self) -> None:
-        """Put everything back: the same objects, and in them what was in them."""
+        """Put everything back: the same objects, and in them what was in them.
+
+        What does not let itself be written stays, and the watch names it.
+        """
         with torch.no_grad():
             for put_back in self._put_back:
-                put_back()
+                with contextlib.suppress(Exception):
+                    put_back()
 
     def _visit(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
         """Keep one object, and say what is in it."""
@@ -184,10 +188,12 @@ class State:
         if library in self._closed and not open_to_all:
             return ()
         attributes = {key: v for key, v in _attributes(value) if key not in self._ignored}
-        self._put_back.append(lambda: _set_attributes(value, attributes))
-        if hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)):
-            held = {key: v for key, v in vars(value).items() if key not in self._ignored}
-            self._put_back.append(lambda: _put_entries_back(vars(value), held, self._ignored))
+        own = {} if isinstance(value, (type, ModuleType)) else getattr(value, "__dict__", {})
+        others = {key: v for key, v in attributes.items() if key not in own}
+        self._put_back.append(lambda: _set_attributes(value, others))
+        if own or hasattr(value, "__dict__"):
+            held = {key: v for key, v in attributes.items() if key in own}
+            self._put_back.append(lambda: _put_entries_back(own, held, self._ignored))
         inside = [(f"{name}.{key}", v) for key, v in attributes.items()]
         return [*inside, *self._classes(name, value)]
 
