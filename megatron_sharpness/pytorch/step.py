@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from megatron_sharpness.meter import ProbeError, Step
@@ -127,7 +128,10 @@ class ObservedStep:
         strayed = torch.tensor([self._strayed], dtype=torch.float64)
         if not all_max(strayed, collective_device()).item() or seen.training_loss is None:
             return None
-        loss, _ = loss_at(0.0)
+        try:
+            loss, _ = loss_at(0.0)
+        except ProbeError as error:
+            return str(error)
         off = abs(loss - seen.training_loss)
         as_trained = off <= max(SAME * abs(loss), EXACT) if seen.coarse else is_exact(off, loss)
         return None if as_trained else f"L(θ) is off by {off:.3g} nat: {OTHER_DRAWS}"
@@ -138,9 +142,8 @@ class ObservedStep:
             return Checksums([])  # whose parameters are others in a pass
         groups = (group for seen in self._optimizers for group in seen.optimizer.param_groups)
         given = {id(parameter) for group in groups for parameter in group["params"]}
-        return Checksums(
-            local(p) for p in self._model.parameters() if p.requires_grad and id(p) not in given
-        )
+        left_out = [p for p in self._model.parameters() if p.requires_grad and id(p) not in given]
+        return Checksums(local(p) for p in left_out if not is_lazy(p))
 
     def check_undoable(self, number: int) -> None:
         """Collective.

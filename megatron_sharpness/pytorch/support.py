@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from megatron_sharpness.errors import InputError, SettingError
@@ -126,10 +127,10 @@ def _refuse_optimizer(optimizer: Optimizer) -> None:
 
 
 def _refuse_parameter(parameter: Tensor) -> None:
-    if parameter.is_meta:
+    if is_lazy(parameter) or parameter.is_meta:
         raise InputError(
-            "model: parameters on the meta device; make CriticalSharpness after they have their "
-            "values"
+            "model: parameters on the meta device, or of lazy modules; make CriticalSharpness "
+            "after they have their values"
         )
     if type(local(parameter)) not in (Tensor, Parameter):
         raise InputError(

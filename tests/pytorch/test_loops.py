@@ -712,6 +712,15 @@ def test_an_interval_that_is_never_due_is_said_once() -> None:
         CriticalSharpness(net(), [], every=2.5)  # type: ignore[arg-type]
 
 
+def test_a_lazy_module_is_refused_before_it_has_its_weights() -> None:
+    class Lazy(Loop):
+        def make_model(self) -> nn.Module:
+            return nn.Sequential(nn.LazyLinear(32), nn.Tanh(), nn.LazyLinear(3))
+
+    with pytest.raises(InputError, match="of lazy modules; make CriticalSharpness"):
+        Lazy(1)
+
+
 def test_what_is_given_is_checked() -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.3)
