@@ -29,7 +29,9 @@ class Ranks:
         """What each rank found for that layout."""
         paths = [self.folder / f"{name} {rank}.json" for rank in range(self.world)]
         while not all(path.exists() for path in paths):
-            ended = any(process.poll() is not None for process in self.processes)
+            codes = [process.poll() for process in self.processes]
+            # After the last layout a rank may be through while another still computes.
+            ended = any(codes) or None not in codes
             if ended and not all(path.exists() for path in paths):
                 outputs = [p.read_text()[-2000:] for p in sorted(self.folder.glob("output*.txt"))]
                 pytest.fail(f"a rank has ended before {name!r}:\n" + "\n".join(outputs))
