@@ -62,6 +62,12 @@ class ProbeError(RuntimeError):
     """
 
 
+def reason_of(error: Exception) -> str:
+    """An error in a record: what is ours says all, others begin with their kind."""
+    ours = isinstance(error, (WrongLoss, ProbeError))
+    return str(error) if ours else f"{type(error).__name__}: {error}"
+
+
 @dataclass(frozen=True)
 class Step:
     """An optimizer step that has been made, and whose update is to be measured.
@@ -141,9 +147,9 @@ class Meter:
     warn: Callable[[str], object] = warnings.warn
     state: MeterState = field(default_factory=MeterState)
     #: Why nothing more is measured, if so.
-    ended: str | None = None
-    _watched: bool = False
-    _silent: set[int] = field(default_factory=set)
+    ended: str | None = field(default=None, init=False)
+    _watched: bool = field(default=False, init=False)
+    _silent: set[int] = field(default_factory=set, init=False)
 
     @property
     def watches(self) -> bool:
@@ -265,13 +271,11 @@ class Meter:
             if _is_still(step, search, loss, noise):
                 raise WrongLoss(still(search.probes[0].loss))
             found = self._test_slope(step, _read(step, record, search), search, loss_alone)
-        except Unrepeatable as error:
-            self.ended = str(error)
-            return replace(record, reason=self.ended)
-        except (WrongLoss, ProbeError) as error:
-            return replace(record, reason=str(error))
         except Exception as error:  # whatever it is, the run goes on
-            return replace(record, reason=f"{type(error).__name__}: {error}")
+            reason = reason_of(error)
+            if isinstance(error, Unrepeatable):
+                self.ended = reason
+            return replace(record, reason=reason)
         self._remember(found)
         return found
 
@@ -304,8 +308,7 @@ class Meter:
                 max_evaluations=self.settings.max_evaluations,
             )
         except Exception as error:  # whatever it is, the run goes on
-            kind = "" if isinstance(error, ProbeError) else f"{type(error).__name__}: "
-            reason = f"{kind}{error}"
+            reason = reason_of(error)
             return {name: replace(record, reason=reason) for name, record in records.items()}
         for name, search in searches.items():
             record = replace(records[name], noise=noises[name], evaluations=search.evaluations)
@@ -418,7 +421,7 @@ class Meter:
                     self._silent.add(id(sink))
                     self.warn(
                         f"critical sharpness: {type(sink).__name__} could not write iteration "
-                        f"{record.iteration} ({type(error).__name__}: {error}); this is said once"
+                        f"{record.iteration} ({reason_of(error)}); this is said once"
                     )
 
     def _unmeasured(self, step: Step, name: str) -> Measurement | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sharpness.meter import ProbeError
+from megatron_sharpness.meter import ProbeError, reason_of
 
 
 class RandomStates:
@@ -103,11 +103,6 @@ def all_max(values: Tensor, device: torch.device) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
-
-
-def reason_of(error: Exception) -> str:
-    """An error in a record: what is ours says all, others begin with their kind."""
-    return str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
 
 
 def first_error(error: Exception | None) -> str:

@@ -222,10 +222,11 @@ class State:
         attributes = {key: value for key, value in held.items() if key not in left_out}
         self._put_back.append(lambda: _put_entries_back(held, attributes, left_out))
         self.plain[f"{name}.training"] = module.training
-        inside = {**module._modules, **(module._parameters if self._parameters else {})}
-        buffers = {key: module._buffers[key] for key in module._buffers}
         self._keep_container(module._buffers)
-        found = [(f"{name}.{key}", v) for key, v in {**inside, **buffers, **attributes}.items()]
+        inside: dict[str, object] = {**module._modules, **module._buffers, **attributes}
+        if self._parameters:
+            inside.update(module._parameters)
+        found = [(f"{name}.{key}", v) for key, v in inside.items()]
         return [*found, *self._classes(name, module)]
 
 

@@ -134,6 +134,7 @@ class MegatronLine:
     def begin(self, optimizer: Any) -> None:
         """Keep θ_t of all that ``optimizer`` is about to step."""
         self.is_open = False
+        self._dispatched = []
         self.lines = [
             (UpdateLine(shards_of(leaf), offload=self.offload), group)
             for leaf, group in leaf_optimizers(optimizer)
@@ -148,6 +149,7 @@ class MegatronLine:
 
     def gather(self) -> None:
         """Have the shards of all ranks in the model, as they are. Collective."""
+        self.settle()
         self.sync()
         self.finish()
         self._put_account_back()
@@ -157,7 +159,12 @@ class MegatronLine:
         for line, _ in self.lines:
             line.end()
         self.is_open = True
-        self._dispatched = [group.param_gather_dispatched for group in self.bucket_groups]
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for gathers in flight, and keep Megatron's account of them as it is after a step."""
+        if not self._dispatched:
+            self._dispatched = [group.param_gather_dispatched for group in self.bucket_groups]
         for group in self.bucket_groups:
             if group.param_gather_handle is not None:
                 # start_param_sync(force_sync=True) only waits for a gather in flight and would

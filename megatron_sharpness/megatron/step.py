@@ -65,7 +65,7 @@ class ObservedStep:
             result = step(*args, **kwargs)
             self._outcome = (bool(result[0]), result[1])
             self.happened = True
-            self._left = self.line.weights()
+            self._after()
             return result
 
         self.optimizer.step = watched_step
@@ -155,6 +155,12 @@ class ObservedStep:
         except Exception as caught:  # out of memory, say: the step itself goes on
             self._error = caught
             self.line.release()
+
+    def _after(self) -> None:
+        try:
+            self._left = self.line.weights()
+        except Exception as caught:
+            self._error = caught
 
     def _agree(
         self, iteration: int, consumed_samples: int, schedule: RecordingSchedule, trained: bool

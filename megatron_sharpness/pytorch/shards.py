@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -180,8 +180,9 @@ class ObservedOptimizer:
             self._used = self._gradients()
             return result
 
-        if self._own:  # the closure holds the backward pass, beside whose activations no copy
-            return closure_then_begin  # should lie
+        if self._own:
+            # The closure holds the backward pass, beside whose activations no copy should lie.
+            return closure_then_begin
         self._begin()
         self._left = self._weights()
         return closure_anywhere
@@ -222,15 +223,18 @@ class ObservedOptimizer:
         return [_shard(parameter, self.optimizer) for parameter in stepped(self.optimizer)]
 
     def _weights(self) -> Checksums:
-        try:
-            return Checksums(local(parameter) for parameter in stepped(self.optimizer))
-        except Exception as caught:
-            self._fail(caught)
-            return Checksums([])
+        return self._checksums(stepped(self.optimizer))
 
     def _gradients(self) -> Checksums:
-        gradients = (parameter.grad for parameter in stepped(self.optimizer))
-        return Checksums(local(g) for g in gradients if g is not None and g.layout == torch.strided)
+        gradients = [parameter.grad for parameter in stepped(self.optimizer)]
+        return self._checksums(g for g in gradients if g is not None and g.layout == torch.strided)
+
+    def _checksums(self, tensors: Iterable[Tensor]) -> Checksums:
+        try:
+            return Checksums(local(tensor) for tensor in tensors)
+        except Exception as caught:  # out of memory, say: the loop and its step go on
+            self._fail(caught)
+            return Checksums([])
 
     def _fail(self, error: Exception) -> None:
         self.error = error

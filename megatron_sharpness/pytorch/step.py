@@ -86,7 +86,10 @@ class ObservedStep:
         self._now = State({})
         self._loss_given = False
         self._ambiguous = self._strayed = False
-        self._left_out = self._weights_left_out()
+        try:
+            self._left_out = self._weights_left_out()
+        except Exception as caught:  # out of memory, say: the loop goes on
+            self.error = caught
 
     @property
     def passes_seen(self) -> int:

@@ -175,7 +175,7 @@ def weights_clamped_after_the_step() -> None:
     @torch.no_grad()
     def step_and_clamp(self: Any, increment: int) -> None:
         scheduler_step(self, increment)
-        if getattr(get_args(), "curr_iteration", 0) + 1 == 4:
+        if getattr(get_args(), "curr_iteration", 0) + 1 in (2, 4):
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.clamp_(-0.01, 0.01)
