@@ -26,24 +26,9 @@ from megatron_sharpness.pytorch.passes import RecordedPasses
 from megatron_sharpness.state import State
 from tests.digest import hash_of
 from tests.pytorch.training import critical_fraction
+from tests.running_norm import RunningNorm
 
 STEPS, EVERY = 7, 3
-
-
-class RunningNorm(nn.Module):
-    """Normalizes by running statistics in training too, as codebooks and expert biases do."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("variance", torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.mean.lerp_(x.mean(0), 0.1)
-                self.variance.lerp_(x.var(0), 0.1)
-        return (x - self.mean) / (self.variance + 1e-5).sqrt()
 
 
 @dataclass(frozen=True)

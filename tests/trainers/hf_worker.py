@@ -32,6 +32,7 @@ from transformers.distributed import DistributedConfig
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.hf import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
+from tests.running_norm import RunningNorm
 
 CONFIG = Olmo2Config(
     vocab_size=64,
@@ -350,23 +351,6 @@ class MeanOlmo2(Olmo2ForCausalLM):
     """As of before there was num_items_in_batch."""
 
     accepts_loss_kwargs = False
-
-
-class RunningNorm(nn.Module):
-    """Normalizes by running statistics, which a pass in training mode reads and moves on."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("variance", torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                flat = x.flatten(0, -2)
-                self.mean.lerp_(flat.mean(0), 0.1)
-                self.variance.lerp_(flat.var(0), 0.1)
-        return (x - self.mean) * (self.variance + 1e-5).rsqrt()
 
 
 class RunningOlmo2(Olmo2ForCausalLM):

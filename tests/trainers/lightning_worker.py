@@ -30,6 +30,7 @@ from megatron_sharpness.errors import InputError
 from megatron_sharpness.measurement import Measurement
 from megatron_sharpness.pytorch.lightning import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
+from tests.running_norm import RunningNorm
 
 VOCABULARY, WIDTH, LENGTH = 61, 32, 16
 
@@ -127,27 +128,10 @@ class Counting(Module):
         return loss * (1 + 0.1 * self.count), batch[0][:, 1:].numel()
 
 
-class RunningNorm(nn.Module):
-    """Normalizes by running statistics, which a pass in training mode reads and moves on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(WIDTH))
-        self.register_buffer("variance", torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                flat = x.flatten(0, -2)
-                self.mean.lerp_(flat.mean(0), 0.1)
-                self.variance.lerp_(flat.var(0), 0.1)
-        return (x - self.mean) * (self.variance + 1e-5).rsqrt()
-
-
 class Running(Module):
     def __init__(self) -> None:
         super().__init__()
-        self.model.insert(3, RunningNorm())
+        self.model.insert(3, RunningNorm(WIDTH))
 
 
 class Records(list[Measurement]):
