@@ -157,15 +157,17 @@ def uneven_tokens() -> None:
 
 def another_norm_on_the_last_rank() -> None:
     """Ranks whose gradient norms differ, here by much."""
-    from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
 
-    step = MixedPrecisionOptimizer.step
+    def differing(step: Callable[..., Any]) -> Callable[..., Any]:
+        def step_and_differ(self: Any, *args: Any, **kwargs: Any) -> Any:
+            success, norm, zeros = step(self, *args, **kwargs)
+            return success, norm * (30.0 if RANK else 1.0), zeros
 
-    def step_and_differ(self: Any, *args: Any, **kwargs: Any) -> Any:
-        success, norm, zeros = step(self, *args, **kwargs)
-        return success, norm * (30.0 if RANK else 1.0), zeros
+        return step_and_differ
 
-    MixedPrecisionOptimizer.step = step_and_differ
+    for kind in (ChainedOptimizer, MixedPrecisionOptimizer):  # whichever is the outermost
+        kind.step = differing(kind.step)
 
 
 def weights_clamped_after_the_step() -> None:

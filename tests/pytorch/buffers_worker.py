@@ -140,9 +140,10 @@ def train(kind: Kind, every: int) -> dict[str, Any]:
     return {"history": history, "records": records, "others": others}
 
 
-def number(micro_batches: int, given: str) -> dict[str, Any]:
+def number(micro_batches: int, given: str, *, synced: bool = False) -> dict[str, Any]:
     """η_c beside that of a plain bisection, in which every pass sees what the training pass saw:
-    rank 0's buffers in the first micro-batch, those of its own rank later on. And the loss on other
+    rank 0's buffers in the first micro-batch, those of its own rank later on, where gradients are not
+    ``synced`` in each. And the loss on other
     data with rank 0's buffers, which the next training pass would have begun with."""
     torch.manual_seed(0)
     model = Net(RunningNorm)
@@ -165,7 +166,8 @@ def number(micro_batches: int, given: str) -> dict[str, Any]:
         buffers = [b.clone() for b in model.buffers()]
         start = [p.detach().clone() for p in model.parameters()]
         for x in batches:
-            with contextlib.nullcontext() if x is batches[-1] else wrapped.no_sync():
+            sync = synced or x is batches[-1]
+            with contextlib.nullcontext() if sync else wrapped.no_sync():
                 (losses([x]).sum() / 32 / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -191,8 +193,10 @@ def number(micro_batches: int, given: str) -> dict[str, Any]:
             parameter.copy_(torch.lerp(a.double(), b.double(), float(fraction)))
         for buffer, held in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(held)
-        wrapped.require_forward_param_sync = True  # a pass without gradients switches it off
-        total = losses(batches).double().sum()
+        total = torch.zeros((), dtype=torch.float64)
+        for i, x in enumerate(batches):  # a pass without gradients switches it off
+            wrapped.require_forward_param_sync = synced or i == 0
+            total += losses([x]).double().sum()
         dist.all_reduce(total)
         return total
 
@@ -224,6 +228,41 @@ def join() -> dict[str, Any]:
     return {"reasons": reasons}
 
 
+class Counted:
+    """DDP's reducer, and how often a pass has prepared it for a backward pass."""
+
+    def __init__(self, reducer: Any) -> None:
+        self.reducer, self.prepared = reducer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reducer, name)
+
+    def prepare_for_backward(self, outputs: Any) -> None:
+        self.prepared += 1
+        self.reducer.prepare_for_backward(outputs)
+
+
+def prepared() -> int:
+    """How often a measurement prepares the reducer, of which the watch sees nothing."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(8, 3))
+    model.reducer = reducer = Counted(model.reducer)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sharpness = CriticalSharpness(model, optimizer, 1)
+    x = torch.randn(32, 8)
+
+    def evaluate() -> tuple[Tensor, int]:
+        with torch.enable_grad():
+            return F.cross_entropy(model(x), x[:, :3].argmax(1), reduction="sum").detach(), 32
+
+    F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+    optimizer.step()
+    before = reducer.prepared
+    record = sharpness.after_step(1, evaluate)
+    assert record is not None and record.status == "found" and before == 1
+    return reducer.prepared - before
+
+
 def flag() -> str | None:
     """What the watch says where no one puts DDP's flags back."""
     with (
@@ -251,8 +290,10 @@ def results() -> Iterator[tuple[str, Any]]:
     yield "number", number(1, "outer")
     yield "number, accumulation", number(3, "outer")
     yield "number, inner module given", number(2, "inner")
+    yield "number, synced in each", number(3, "outer", synced=True)
     yield "join", join()
     yield "flag", flag()
+    yield "prepared", prepared()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def test_the_loss_is_the_trained_one(kind: str, ranks: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.parametrize(
-    "number", ["number", "number, accumulation", "number, inner module given"]
+    "number",
+    ["number", "number, accumulation", "number, inner module given", "number, synced in each"],
 )
 def test_every_probe_sees_the_buffers_of_the_training_pass(
     number: str, ranks: list[dict[str, Any]]
@@ -68,3 +69,7 @@ def test_ranks_that_may_have_ended_are_not_waited_for(ranks: list[dict[str, Any]
 def test_the_watch_names_ddps_flag_where_it_is_not_put_back(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "model.require_forward_param_sync" in rank["flag"]
+
+
+def test_a_loss_that_differentiates_leaves_the_reducer_alone(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["prepared"] for rank in ranks] == [0, 0]
