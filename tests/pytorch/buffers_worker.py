@@ -142,9 +142,9 @@ def train(kind: Kind, every: int) -> dict[str, Any]:
 
 def number(micro_batches: int, given: str, *, synced: bool = False) -> dict[str, Any]:
     """η_c beside that of a plain bisection, in which every pass sees what the training pass saw:
-    rank 0's buffers in the first micro-batch, those of its own rank later on, where gradients are not
-    ``synced`` in each. And the loss on other
-    data with rank 0's buffers, which the next training pass would have begun with."""
+    rank 0's buffers in the first micro-batch, those of its own rank later on, where gradients are
+    not ``synced`` in each. And the loss on other data with rank 0's buffers, which the next training
+    pass would have begun with."""
     torch.manual_seed(0)
     model = Net(RunningNorm)
     wrapped = DistributedDataParallel(model)
@@ -228,17 +228,21 @@ def join() -> dict[str, Any]:
     return {"reasons": reasons}
 
 
-class Counted:
-    """DDP's reducer, and how often a pass has prepared it for a backward pass."""
+#: Outputs that DDP's reducer was prepared with. A count in the reducer would be put back.
+PREPARED: list[Any] = []
+
+
+class Noted:
+    """DDP's reducer, which notes when a pass prepares it for a backward pass."""
 
     def __init__(self, reducer: Any) -> None:
-        self.reducer, self.prepared = reducer, 0
+        self.reducer = reducer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reducer, name)
 
     def prepare_for_backward(self, outputs: Any) -> None:
-        self.prepared += 1
+        PREPARED.append(outputs)
         self.reducer.prepare_for_backward(outputs)
 
 
@@ -246,7 +250,7 @@ def prepared() -> int:
     """How often a measurement prepares the reducer, of which the watch sees nothing."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(8, 3))
-    model.reducer = reducer = Counted(model.reducer)
+    model.reducer = Noted(model.reducer)
     optimizer = SGD(model.parameters(), lr=0.1)
     sharpness = CriticalSharpness(model, optimizer, 1)
     x = torch.randn(32, 8)
@@ -257,10 +261,10 @@ def prepared() -> int:
 
     F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
     optimizer.step()
-    before = reducer.prepared
+    before = len(PREPARED)
     record = sharpness.after_step(1, evaluate)
     assert record is not None and record.status == "found" and before == 1
-    return reducer.prepared - before
+    return len(PREPARED) - before
 
 
 def flag() -> str | None:
