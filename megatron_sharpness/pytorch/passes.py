@@ -25,6 +25,15 @@ OTHER_DRAWS = (
 )
 
 
+#: Of DDP: whether the next pass broadcasts buffers, and prepares the reducer.
+FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
+
+
+def state_of(**objects: object) -> State:
+    """What a model and others keep beside parameters, but for DDP's flags: a pass has its own."""
+    return State(objects, ignored=FLAGS)
+
+
 @dataclass
 class Pass:
     """One call of the model in the training step.
@@ -111,7 +120,7 @@ class RecordedPasses:
     def _before(self) -> State:
         if not self._states:
             # The loop calls the model in another way than through the module that was given.
-            self._states[True] = State({"model": self._model})
+            self._states[True] = state_of(model=self._model)
         everything = self._repeated is None or not all(p.gradients for p in self._repeated)
         first = self._states.get(False) if everything else None
         return first or self._states.get(True) or self._states[False]
@@ -176,8 +185,7 @@ class RecordedPasses:
         A pass without gradients has the next pass broadcast no buffers, and one with gradients,
         of a loss that differentiates, has the next backward pass wait for one that never came.
         """
-        flags = ("require_forward_param_sync", "require_backward_grad_sync")
-        saved = [(m, name, getattr(m, name)) for m in self._data_parallel for name in flags]
+        saved = [(m, name, getattr(m, name)) for m in self._data_parallel for name in FLAGS]
         for module in self._data_parallel:
             module.require_backward_grad_sync = False
         try:
@@ -210,7 +218,7 @@ class RecordedPasses:
     def _note_begin(self, gradients: bool) -> None:
         self._find_caller()
         if gradients not in self._states and True not in self._states:
-            self._states[gradients] = State({"model": self._model})
+            self._states[gradients] = state_of(model=self._model)
         if self.read_in is None:
             self._note_type(self._model)
             for module in _eager_owners(self._model):

@@ -19,7 +19,12 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.meter import ProbeError, Step
 from megatron_sharpness.products import StepProducts
-from megatron_sharpness.pytorch.passes import OTHER_DRAWS, RecordedPasses, collective_device
+from megatron_sharpness.pytorch.passes import (
+    OTHER_DRAWS,
+    RecordedPasses,
+    collective_device,
+    state_of,
+)
 from megatron_sharpness.pytorch.shards import (
     ModelOnLines,
     ObservedOptimizer,
@@ -118,7 +123,7 @@ class ObservedStep:
                     "One that steps fp32 copies beside the model cannot be followed: keep the "
                     "weights themselves in fp32, and compute in 16 bits under autocast"
                 )
-            self._now = State({"model": self._model, **self._keep})
+            self._now = state_of(model=self._model, **self._keep)
         except Exception as caught:  # out of memory, say
             self.error = self.error or caught
 

@@ -143,8 +143,8 @@ def train(kind: Kind, every: int) -> dict[str, Any]:
 def number(micro_batches: int, given: str, *, synced: bool = False) -> dict[str, Any]:
     """η_c beside that of a plain bisection, in which every pass sees what the training pass saw:
     rank 0's buffers in the first micro-batch, those of its own rank later on, where gradients are
-    not ``synced`` in each. And the loss on other data with rank 0's buffers, which the next training
-    pass would have begun with."""
+    not ``synced`` in each. And the loss on other data with rank 0's buffers, which the next pass
+    of training would have begun with."""
     torch.manual_seed(0)
     model = Net(RunningNorm)
     wrapped = DistributedDataParallel(model)
