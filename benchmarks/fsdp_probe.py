@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from benchmarks import ranks
 from benchmarks.gpt import DEVICE, Size, Training
+from megatron_sharpness.core.replay import RandomStates, reduce_loss
 from megatron_sharpness.pytorch.shards import ModelOnLines
 from megatron_sharpness.pytorch.step import ObservedStep
-from megatron_sharpness.replay import RandomStates, reduce_loss
 
 FRACTION = 1.5
 

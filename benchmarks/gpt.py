@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.results import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
-from fsdp_gpt import GPT, GPTConfig
+from fsdp.gpt import GPT, GPTConfig
 
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():

@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks import ranks
 from benchmarks.results import ROOT, between, markdown, spread
 from megatron_sharpness import estimate
+from megatron_sharpness.estimate import model
 
 REPETITIONS = 7
 PASSES = 3
@@ -143,13 +144,13 @@ def predict(name: str, gpus: int) -> dict[str, Any]:
     """A configuration's estimate at the defaults of the command."""
     words = (ROOT / "configs" / f"{name}.args").read_text()
     run = estimate.plan(estimate.parse_flags(estimate.split(words)), gpus)
-    forward = estimate.forward_seconds(run, estimate.TFLOPS)
+    forward = estimate.forward_seconds(run, model.TFLOPS)
     cost = estimate.cost(
         run,
         forward,
-        memory_bandwidth=estimate.MEMORY_BANDWIDTH * 1e9,
-        network_bandwidth=estimate.NETWORK_BANDWIDTH * 1e9,
-        passes=estimate.PASSES,
+        memory_bandwidth=model.MEMORY_BANDWIDTH * 1e9,
+        network_bandwidth=model.NETWORK_BANDWIDTH * 1e9,
+        passes=model.PASSES,
     )
     return {
         "gpus": gpus,
@@ -159,7 +160,7 @@ def predict(name: str, gpus: int) -> dict[str, Any]:
         "measurement": cost.measurement,
         "overhead": {
             str(every): cost.overhead(every, estimate.iteration_seconds(run, forward))
-            for every in estimate.INTERVALS
+            for every in model.INTERVALS
         },
         "memory": run.memory,
     }

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import ranks
 from benchmarks.peak import Peak
 from benchmarks.results import ROOT
-from megatron_sharpness.measurement import TRAIN
+from megatron_sharpness.core.measurement import TRAIN
 from megatron_sharpness.megatron.step import ObservedStep
 
 peaks: list[Peak] = []

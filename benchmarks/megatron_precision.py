@@ -19,8 +19,8 @@ from megatron.training import training
 
 from benchmarks import ranks
 from benchmarks.results import ROOT
+from megatron_sharpness.core.meter import Meter
 from megatron_sharpness.megatron.step import ObservedStep
-from megatron_sharpness.meter import Meter
 
 WEIGHTS = Path(os.environ["PRECISION_WEIGHTS"])
 RATES: list[float] = json.loads(os.environ.get("PRECISION_RATES", "[]"))

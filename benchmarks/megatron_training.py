@@ -11,7 +11,7 @@ from megatron.training import training
 
 from benchmarks import ranks
 from benchmarks.results import ROOT
-from megatron_sharpness.measurement import TRAIN, Measurement
+from megatron_sharpness.core.measurement import TRAIN, Measurement
 from megatron_sharpness.megatron.step import ObservedStep
 
 over: list[float] = []

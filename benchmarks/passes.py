@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.landscapes import Setting, landscapes
 from benchmarks.results import markdown
-from megatron_sharpness.search import find_critical_lr
-from megatron_sharpness.self_test import ROUNDING
+from megatron_sharpness.core.checks import ROUNDING
+from megatron_sharpness.core.search import find_critical_lr
 
 SETTINGS = {
     "tuned on": tuple(Setting(peak_lr=lr) for lr in (3e-4, 1e-3, 3e-3, 1e-2)),

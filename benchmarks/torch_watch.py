@@ -6,7 +6,7 @@ import os
 
 from benchmarks import ranks
 from benchmarks.gpt import Size, Training
-from megatron_sharpness.watch import Watch
+from megatron_sharpness.core.watch import Watch
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_sharpness.search import SearchResult, find_critical_lr
+from megatron_sharpness.core.search import SearchResult, find_critical_lr
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from megatron.training import arguments, get_args, get_timers, get_tokenizer, pr
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_sharpness.relative.adaptive import add_arguments
+from megatron_sharpness.adaptive_mix.adaptive import add_arguments
 
 # Megatron's own pretrain_gpt.py knows these; here they would be ignored, so they are refused.
 NOT_HERE = ("check_for_spiky_loss", "fim_data", "mtp_num_layers", "reset_attention_mask", "sft")

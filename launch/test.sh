@@ -2,7 +2,7 @@
 # Sets up .venv, then runs ruff, mypy and all tests. What was skipped, and why, stands at the end.
 #
 #   ./launch/test.sh                          everything
-#   ./launch/test.sh tests/unit -k search     further arguments go to pytest
+#   ./launch/test.sh tests/core -k search     further arguments go to pytest
 set -euo pipefail
 
 OTHER_MEGATRON_CORE=0.18.2 # tested beside the version that launch/requirements.txt pins

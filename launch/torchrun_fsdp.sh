@@ -6,7 +6,7 @@
 #   DRY_RUN=1 ./launch/torchrun_fsdp.sh                              print the command
 #   CONFIG= ./launch/torchrun_fsdp.sh --hf-model FOLDER …            no configuration: flags only
 #
-# Further arguments go to launch/train_fsdp.py, after those of the configuration.
+# Further arguments go to launch/fsdp/train.py, after those of the configuration.
 # Needs torch and this package; docs/fsdp.md says what else for which data and model.
 set -euo pipefail
 
@@ -37,7 +37,7 @@ command=(
     "$PYTHON" -m torch.distributed.run
     --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-    launch/train_fsdp.py
+    launch/fsdp/train.py
     "${config[@]}" "${data[@]}"
     --save "$OUT/checkpoints" --load "$OUT/checkpoints" --tensorboard-dir "$OUT/tensorboard"
     --measure-critical-sharpness-every "$EVERY" "$@"

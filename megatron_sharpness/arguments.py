@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_sharpness import evaluation
-from megatron_sharpness.errors import InputError, SettingError
-from megatron_sharpness.search import Method
-from megatron_sharpness.settings import Settings
+from megatron_sharpness.core.errors import InputError, SettingError
+from megatron_sharpness.core.search import Method
+from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.data import evaluation
 
-#: Field of :class:`~megatron_sharpness.settings.Settings` → flag.
+#: Field of :class:`~megatron_sharpness.core.settings.Settings` → flag.
 FLAGS = {
     "every": "--measure-critical-sharpness-every",
     "method": "--critical-sharpness-method",

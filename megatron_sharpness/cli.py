@@ -10,16 +10,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_sharpness import data, estimate, report
-from megatron_sharpness.checkpoints import series
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.relative import mix
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.data import tokenize
+from megatron_sharpness.estimate import command as estimate
+from megatron_sharpness.report import command as report
+from megatron_sharpness.sweeps.checkpoints import command as checkpoints
+from megatron_sharpness.sweeps.mix import command as mix
 
 COMMANDS = {
-    "tokenize": (data, "write text into Megatron's indexed dataset format, byte by byte"),
+    "tokenize": (tokenize, "write text into Megatron's indexed dataset format, byte by byte"),
     "report": (report, "print the last measurements of a run and draw its curves"),
     "mix": (mix, "measure which loss breaks first for each share of a data mix, and recommend one"),
-    "checkpoints": (series, "measure a series of checkpoints, without their optimizer if need be"),
+    "checkpoints": (
+        checkpoints,
+        "measure a series of checkpoints, without their optimizer if need be",
+    ),
     "estimate": (estimate, "predict what measuring would cost a run, in time and memory"),
 }
 

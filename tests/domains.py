@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.data import python_code, python_prose, write_dataset
+from megatron_sharpness.data.tokenize import python_code, python_prose, write_dataset
 
 
 def write_domains(folder: Path) -> Path:

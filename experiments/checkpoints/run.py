@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import training
 from megatron_sharpness import cli
-from megatron_sharpness.data import VOCAB_SIZE, python_prose, write_dataset
+from megatron_sharpness.data.tokenize import VOCAB_SIZE, python_prose, write_dataset
 
 ROOT = Path(__file__).parents[2]
 STEPS, WARMUP, DECAY, SAVED_EVERY = 600, 60, 150, 50

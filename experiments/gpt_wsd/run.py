@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments import training
-from megatron_sharpness.data import END_OF_DOCUMENT, VOCAB_SIZE, python_prose
+from megatron_sharpness.data.tokenize import END_OF_DOCUMENT, VOCAB_SIZE, python_prose
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
-from fsdp_gpt import GPT, GPTConfig
+from fsdp.gpt import GPT, GPTConfig
 
 RATES = (2e-3, 5e-3, 1.2e-2)
 SCHEDULES = ("wsd", "constant")

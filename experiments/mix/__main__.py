@@ -22,7 +22,7 @@ from experiments.mix.run import (
     sweep,
     train_on,
 )
-from megatron_sharpness.relative.figure import draw_sweep
+from megatron_sharpness.sweeps.mix.figure import draw_sweep
 
 FOLDER = Path(__file__).parent
 STEPS_SHOWN = 100

@@ -8,8 +8,8 @@ import numpy as np
 
 from experiments.mix.run import NOTED
 from experiments.training import Row
-from megatron_sharpness.relative.recommendation import Recommendation, recommend
-from megatron_sharpness.relative.values import Spread
+from megatron_sharpness.sweeps.mix.recommendation import Recommendation, recommend
+from megatron_sharpness.sweeps.spread import Spread
 
 TASKS = ("first", "second")
 Runs = dict[str, list[Row]]

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from experiments import training
 from experiments.gpt_wsd.run import loss, tokens_of, windows
-from megatron_sharpness.data import VOCAB_SIZE, python_code, python_prose
+from megatron_sharpness.adaptive_mix.controller import MixController
+from megatron_sharpness.core.measurement import relative_sharpness
+from megatron_sharpness.data.tokenize import VOCAB_SIZE, python_code, python_prose
 from megatron_sharpness.pytorch import CriticalSharpness
-from megatron_sharpness.relative.controller import MixController
-from megatron_sharpness.relative.values import relative_sharpness
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
-from fsdp_gpt import GPT, GPTConfig
+from fsdp.gpt import GPT, GPTConfig
 
 #: Shares of the first domain: those that are measured, and those that are trained with too.
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

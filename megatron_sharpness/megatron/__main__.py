@@ -33,16 +33,16 @@ def main(argv: list[str]) -> None:
         parser.error(f"script {options.script}: there is no such file; give the path of a script")
     arguments = options.arguments
     if options.backend == "cpu" or (options.backend == "auto" and not torch.cuda.is_available()):
-        from megatron_sharpness.megatron import cpu_backend
+        from megatron_sharpness.megatron import cpu
 
-        arguments = cpu_backend.add_required_flags(arguments)
+        arguments = cpu.add_required_flags(arguments)
         if os.environ.get("RANK", "0") == "0":
             print(
                 "megatron_sharpness: no CUDA device is used; Megatron runs on the CPU over gloo, "
                 f"with {' '.join(arguments[len(options.arguments):])}",
                 flush=True,
             )
-        cpu_backend.install()
+        cpu.install()
 
     from megatron_sharpness.megatron import install
 

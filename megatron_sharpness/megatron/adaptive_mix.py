@@ -8,10 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.adaptive_mix.adaptive import FLAG, AdaptiveMix, controller_of
+from megatron_sharpness.adaptive_mix.mixture import Mixture, weights_at
+from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.megatron.hook import MIX_STATE, MeasuredTrainStep, printing_on
-from megatron_sharpness.relative.adaptive import FLAG, AdaptiveMix, controller_of
-from megatron_sharpness.relative.mixture import Mixture, weights_at
 from megatron_sharpness.sinks import curve_sinks
 
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megatron_sharpness.errors import InputError, SettingError
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, Sink
-from megatron_sharpness.settings import Settings
+from megatron_sharpness.core.errors import InputError, SettingError
+from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.core.meter import Meter, Sink
+from megatron_sharpness.core.settings import Settings
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 try:
@@ -51,7 +51,7 @@ class CriticalSharpnessCallback(Callback):
         sinks: where records go in addition, from the last rank, which is Bridge's logging one.
         mode: ``train`` replays the step's own dropout masks; ``eval`` switches dropout off.
         offload: ``cpu`` keeps the copy of the parameters in host memory.
-        settings: the other fields of :class:`~megatron_sharpness.settings.Settings`.
+        settings: the other fields of :class:`~megatron_sharpness.core.settings.Settings`.
 
     Raises:
         InputError: something here cannot be measured with; the message says why and what to do.

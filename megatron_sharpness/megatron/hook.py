@@ -26,7 +26,7 @@ from megatron.training import (
     training,
 )
 
-from megatron_sharpness import evaluation
+from megatron_sharpness.adaptive_mix.adaptive import AdaptiveMix
 from megatron_sharpness.arguments import (
     check_evaluation,
     check_log_is_writable,
@@ -34,15 +34,15 @@ from megatron_sharpness.arguments import (
     log_path,
     settings_of,
 )
-from megatron_sharpness.evaluation import EvaluationSet
-from megatron_sharpness.frozen import FrozenRun
+from megatron_sharpness.core.frozen import FrozenRun
+from megatron_sharpness.core.meter import Meter, Sink
+from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.data import evaluation
+from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, quiet
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
-from megatron_sharpness.meter import Meter, Sink
-from megatron_sharpness.relative.adaptive import AdaptiveMix
-from megatron_sharpness.settings import Settings
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.

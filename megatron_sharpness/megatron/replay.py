@@ -14,9 +14,9 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.moe import router
 from megatron.core.utils import StragglerDetector, get_model_config
 
-from megatron_sharpness.evaluation import EvaluationSet
-from megatron_sharpness.replay import RandomStates, reduce_loss
-from megatron_sharpness.state import State
+from megatron_sharpness.core.replay import RandomStates, reduce_loss
+from megatron_sharpness.core.state import State
+from megatron_sharpness.data.evaluation import EvaluationSet
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def reduce_losses(
 ) -> tuple[float, int]:
     """Mean loss over the micro-batches of all ranks, and the number of tokens. Collective.
 
-    Returns and raises as :func:`~megatron_sharpness.replay.reduce_loss` does.
+    Returns and raises as :func:`~megatron_sharpness.core.replay.reduce_loss` does.
 
     Args:
         losses: of the micro-batches that count on this rank.

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sharpness.evaluation import EvaluationSet
-from megatron_sharpness.measurement import TRAIN, Measurement
+from megatron_sharpness.core.measurement import TRAIN, Measurement
+from megatron_sharpness.core.meter import Meter, ProbeError, Step
+from megatron_sharpness.core.products import StepProducts
+from megatron_sharpness.core.replay import all_max, first_error
+from megatron_sharpness.core.watch import Checksums, Watch
+from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron.replay import (
     Loss,
     MicroBatches,
@@ -23,10 +27,6 @@ from megatron_sharpness.megatron.replay import (
 )
 from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.megatron.watch import watch_over
-from megatron_sharpness.meter import Meter, ProbeError, Step
-from megatron_sharpness.products import StepProducts
-from megatron_sharpness.replay import all_max, first_error
-from megatron_sharpness.watch import Checksums, Watch
 
 #: Why Megatron does not step.
 SKIPPED = "Megatron has skipped this step: its gradients overflow at this loss scale"

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core import package_info
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.core.errors import InputError
 
 #: Versions that the tests run.
 TESTED = ("0.16", "0.17", "0.18", "0.19")

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_sharpness.core.watch import Watch
 from megatron_sharpness.megatron.replay import MegatronRandomStates
 from megatron_sharpness.megatron.shards import MegatronLine
-from megatron_sharpness.watch import Watch
 
 #: Packages whose objects are looked into, and whose globals and class attributes are compared.
 PACKAGES = ("megatron", "transformer_engine", "apex", "emerging_optimizers")

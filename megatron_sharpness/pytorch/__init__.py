@@ -1,9 +1,7 @@
 """Critical sharpness of models that are trained with PyTorch itself.
 
 Plain modules, DistributedDataParallel, FSDP2 (``fully_shard``), tensor-parallel DTensors,
-ZeroRedundancyOptimizer. The trainers above PyTorch have a module each, which is imported only when
-asked for: :mod:`~megatron_sharpness.pytorch.hf`, :mod:`~megatron_sharpness.pytorch.lightning`,
-:mod:`~megatron_sharpness.pytorch.olmo_core`, :mod:`~megatron_sharpness.pytorch.torchtitan`.
+ZeroRedundancyOptimizer. The trainers above PyTorch are in :mod:`megatron_sharpness.trainers`.
 """
 
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness

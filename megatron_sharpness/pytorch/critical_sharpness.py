@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_sharpness.errors import SettingError
-from megatron_sharpness.measurement import TRAIN, Measurement
-from megatron_sharpness.meter import Meter, ProbeError, Sink, Step, without_number
+from megatron_sharpness.core.errors import SettingError
+from megatron_sharpness.core.measurement import TRAIN, Measurement
+from megatron_sharpness.core.meter import Meter, ProbeError, Sink, Step, without_number
+from megatron_sharpness.core.settings import Settings, check_names
 from megatron_sharpness.pytorch.step import Evaluate, LossSum, ObservedStep
 from megatron_sharpness.pytorch.support import (
     check_callables,
@@ -22,7 +23,6 @@ from megatron_sharpness.pytorch.support import (
     optimizers_in,
     refuse_unsupported,
 )
-from megatron_sharpness.settings import Settings, check_names
 
 
 class CriticalSharpness:
@@ -60,7 +60,7 @@ class CriticalSharpness:
         keep: objects beside the model that a forward pass changes and that training reads later,
             such as a normalizer's running statistics or a generator. What is in them is kept as
             what is in the model is: tensors, numbers, generators, containers of them.
-        settings: the other fields of :class:`~megatron_sharpness.settings.Settings`.
+        settings: the other fields of :class:`~megatron_sharpness.core.settings.Settings`.
 
     Raises:
         InputError: something here cannot be measured with; the message says why and what to do.

@@ -13,9 +13,9 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_sharpness.meter import ProbeError
-from megatron_sharpness.replay import RandomStates
-from megatron_sharpness.state import State
+from megatron_sharpness.core.meter import ProbeError
+from megatron_sharpness.core.replay import RandomStates
+from megatron_sharpness.core.state import State
 
 #: What to say of an evaluation that draws other numbers than the step.
 OTHER_DRAWS = (

@@ -17,8 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from megatron_sharpness.meter import ProbeError, Step
-from megatron_sharpness.products import StepProducts
+from megatron_sharpness.core.checks import EXACT, SAME, is_exact
+from megatron_sharpness.core.meter import ProbeError, Step
+from megatron_sharpness.core.products import StepProducts
+from megatron_sharpness.core.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
+from megatron_sharpness.core.state import State
+from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.pytorch.passes import (
     OTHER_DRAWS,
     RecordedPasses,
@@ -31,10 +35,6 @@ from megatron_sharpness.pytorch.shards import (
     largest_rates,
     local,
 )
-from megatron_sharpness.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
-from megatron_sharpness.self_test import EXACT, SAME, is_exact
-from megatron_sharpness.state import State
-from megatron_sharpness.watch import Checksums, Watch
 
 #: A sum of losses in nats and the number of tokens that it was summed over.
 LossSum = tuple[Tensor | float, Tensor | float]

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
-from megatron_sharpness.errors import InputError, SettingError
+from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.pytorch.shards import local, stepped
 
 

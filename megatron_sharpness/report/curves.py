@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sharpness.measurement import MISSED
+from megatron_sharpness.core.measurement import MISSED
 from megatron_sharpness.report.figure import (
     BLUE,
     DOTTED_UP_TO,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import MISSED
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import MISSED
 from megatron_sharpness.report.records import Array, Record, Run, column
 
 # Okabe and Ito's blue, vermilion and green: told apart by colour-blind readers too

@@ -12,7 +12,7 @@ from string import Template
 
 import numpy as np
 
-from megatron_sharpness.errors import InputError
+from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.report.curves import FONT, STAGE_COLORS, curves, run_color
 from megatron_sharpness.report.figure import BLUE, GRID, INK, MUTED
 from megatron_sharpness.report.records import Run

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import STATUSES, TRAIN
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import STATUSES, TRAIN
 
 Record = dict[str, Any]  # one measurement, by the names of measurement.py
 Array = NDArray[np.float64]

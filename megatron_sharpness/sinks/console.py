@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sharpness.measurement import TRAIN, Measurement
+from megatron_sharpness.core.measurement import TRAIN, Measurement
 
 
 class ConsoleSink:

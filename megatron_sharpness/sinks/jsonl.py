@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.core.measurement import Measurement
 
 
 class JsonLinesSink:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sharpness.measurement import Scalars
+from megatron_sharpness.core.measurement import Scalars
 
 
 class TensorBoardSink:

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import Meter, Step
-from megatron_sharpness.products import StepProducts
-from megatron_sharpness.settings import Settings
-from megatron_sharpness.update_line import Shard, UpdateLine
+from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.core.meter import Meter, Step
+from megatron_sharpness.core.products import StepProducts
+from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.core.update_line import Shard, UpdateLine
 
 EIGENVALUES = torch.tensor([0.5, 1.0, 3.0, 7.0, 20.0, 50.0], dtype=torch.float64)
 START = torch.tensor([1.0, -2.0, 0.5, 0.3, -0.1, 0.02], dtype=torch.float64)

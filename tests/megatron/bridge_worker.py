@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_sharpness.megatron import cpu_backend
+from megatron_sharpness.megatron import cpu
 
-cpu_backend.install()
+cpu.install()
 
 #: Imported by Bridge for LoRA, multimodal data and Hugging Face's data sets, and never called by a
 #: GPT on mock data. Where they are not installed (Transformer Engine needs CUDA) an empty module

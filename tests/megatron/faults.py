@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 
-from megatron_sharpness import update_line
+from megatron_sharpness.core import update_line
 from megatron_sharpness.megatron import replay
 
 RANK = int(os.environ["RANK"])

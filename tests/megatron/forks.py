@@ -53,10 +53,10 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, output:
     os.chdir(folder)
 
     import tests.megatron.imported  # noqa: F401
-    from megatron_sharpness.megatron import cpu_backend, install
+    from megatron_sharpness.megatron import cpu, install
 
     script, *rest = arguments
-    sys.argv = [script, *cpu_backend.add_required_flags(rest)]
+    sys.argv = [script, *cpu.add_required_flags(rest)]
     sys.path[:0] = [os.path.dirname(script), str(ROOT)]
     install()
     try:

@@ -1,8 +1,8 @@
 """What the process is forked from has imported; see ``forks.py``."""
 
-from megatron_sharpness.megatron import cpu_backend
+from megatron_sharpness.megatron import cpu
 
-cpu_backend.install()
+cpu.install()
 
 import megatron.training  # noqa: E402
 import megatron.training.training  # noqa: E402, F401

@@ -9,16 +9,16 @@ import json
 import os
 from pathlib import Path
 
-from megatron_sharpness.megatron import cpu_backend
+from megatron_sharpness.megatron import cpu
 
-cpu_backend.install()
+cpu.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 
+from megatron_sharpness.core.meter import ProbeError  # noqa: E402
 from megatron_sharpness.megatron.replay import Loss, RecordingSchedule  # noqa: E402
-from megatron_sharpness.meter import ProbeError  # noqa: E402
 
 dist.init_process_group("gloo")
 mpu.initialize_model_parallel(**json.loads(os.environ["LAYOUT"]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.frozen_runs import REPORT
+from megatron_sharpness.sweeps.runs import REPORT
 from tests.megatron.harness import other_data, run
 
 #: Layout → (processes, flags).

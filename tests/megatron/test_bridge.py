@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sharpness.measurement import TAGS
+from megatron_sharpness.core.measurement import TAGS
 from tests.megatron import reference
 from tests.megatron.harness import ROOT, Run
 from tests.trainers.harness import require

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.frozen_runs import REPORT
+from megatron_sharpness.sweeps.runs import REPORT
 from tests.megatron.harness import MODEL, ROOT, Run, finish, other_data, run, start
 from tests.megatron.test_adaptive_mix import data, shares, train
 
@@ -84,9 +84,9 @@ def test_the_patched_checkout_measures_the_same_without_our_launcher(
         script = tmp_path / "on_cpu.py"
         script.write_text(
             "import runpy, sys\n"
-            "from megatron_sharpness.megatron import cpu_backend\n"
-            "cpu_backend.install()\n"
-            "sys.argv = [sys.argv[1], *cpu_backend.add_required_flags(sys.argv[2:])]\n"
+            "from megatron_sharpness.megatron import cpu\n"
+            "cpu.install()\n"
+            "sys.argv = [sys.argv[1], *cpu.add_required_flags(sys.argv[2:])]\n"
             f"sys.path[0] = {str(checkout)!r}\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         )

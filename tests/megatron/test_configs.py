@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT
+
 CONFIGS = sorted(ROOT.glob("configs/*.args"))
 VERSIONS = {"installed": None, "other": os.environ.get("MEGATRON_CORE_OTHER")}
 
@@ -26,11 +27,12 @@ LAYOUTS = {
 # As rank 0; without a GPU the CPU backend stands in for what the checks ask of CUDA.
 CHECK = """
 import sys
-from megatron_sharpness.megatron import cpu_backend
-cpu_backend.install()
+from megatron_sharpness.megatron import cpu
+cpu.install()
 from megatron_sharpness.megatron import install
 install()
 from megatron.training import arguments
+
 args = arguments.parse_args()
 arguments.validate_args(args)
 print("layout:", args.tensor_model_parallel_size, args.pipeline_model_parallel_size,

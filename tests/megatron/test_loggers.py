@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sharpness.measurement import TAGS
+from megatron_sharpness.core.measurement import TAGS
 from tests.megatron.harness import Run, run
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sharpness import evaluation
-from megatron_sharpness.search import TOLERANCES
+from megatron_sharpness.core.search import TOLERANCES
+from megatron_sharpness.data import evaluation
 from tests.megatron import reference
 from tests.megatron.harness import MODEL, Run, finish, other_data, run
 from tests.processes import start_ranks

@@ -8,8 +8,8 @@ import sys
 from tests.megatron.harness import ROOT
 
 CODE = """
-from megatron_sharpness.megatron import cpu_backend
-cpu_backend.install()
+from megatron_sharpness.megatron import cpu
+cpu.install()
 import random
 import numpy as np
 import torch

@@ -16,8 +16,8 @@ from tests.megatron.harness import MODEL, ROOT, run
 #: Parses command lines with Megatron's own parser and validation, and prints what came of each.
 CASES = """
 import contextlib, io, json, sys
-from megatron_sharpness.megatron import cpu_backend
-cpu_backend.install()
+from megatron_sharpness.megatron import cpu
+cpu.install()
 from megatron_sharpness.megatron import install
 install()
 from megatron.training import training
@@ -26,7 +26,7 @@ from megatron.training.arguments import parse_args, validate_args
 results = []
 for case in json.loads(sys.stdin.read()):
     real = training.train_step
-    sys.argv = ["pretrain_gpt.py", *cpu_backend.add_required_flags(case.split())]
+    sys.argv = ["pretrain_gpt.py", *cpu.add_required_flags(case.split())]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -128,8 +128,8 @@ def test_help_has_the_group() -> None:
         assert f"critical-sharpness-{flag}" in text
 
 
-def test_the_flags_alone_import_neither_torch_nor_a_hook_nor_the_cpu_backend() -> None:
-    names = ["torch", *(f"megatron_sharpness.megatron.{name}" for name in ("hook", "cpu_backend"))]
+def test_the_flags_alone_import_neither_torch_nor_a_hook_nor_the_cpu() -> None:
+    names = ["torch", *(f"megatron_sharpness.megatron.{name}" for name in ("hook", "cpu"))]
     done = subprocess.run(
         [sys.executable, "-c", "import sys, megatron_sharpness.megatron\n"
                                f"print([name for name in {names} if name in sys.modules])"],

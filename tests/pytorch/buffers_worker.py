@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+from megatron_sharpness.core.state import State
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.pytorch.passes import RecordedPasses
-from megatron_sharpness.state import State
 from tests.digest import hash_of
 from tests.pytorch.training import critical_fraction
 from tests.running_norm import RunningNorm

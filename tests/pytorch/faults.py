@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.pytorch.step import Evaluate
-from megatron_sharpness.update_line import UpdateLine
 
 from .layouts import DISTRIBUTED
 from .training import EVERY, STEPS, train

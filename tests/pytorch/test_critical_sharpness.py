@@ -19,9 +19,10 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import ProbeError
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.core.meter import ProbeError
+from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.pytorch import CriticalSharpness
 
 from .gpt import loss_sum, make_batch, make_gpt
@@ -244,7 +245,7 @@ def test_no_memory_for_the_copy_costs_the_measurement_alone(
         raise torch.OutOfMemoryError("no memory for a copy")
 
     with monkeypatch.context() as patched, pytest.warns(UserWarning, match="for a copy"):
-        patched.setattr("megatron_sharpness.update_line.UpdateLine._copy", lambda _, t: clone(t))
+        patched.setattr(UpdateLine, "_copy", lambda _, tensor: clone(tensor))
         record = loop.step(0)
     assert record is not None and record.status == "failed" and loop.evaluations == 0
     loop.step(1)

@@ -21,11 +21,11 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.meter import ProbeError
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.core.meter import ProbeError
+from megatron_sharpness.core.state import State
 from megatron_sharpness.pytorch import CriticalSharpness
-from megatron_sharpness.state import State
 
 from .training import critical_fraction
 
@@ -225,7 +225,7 @@ def test_the_watch_names_what_is_not_kept_and_that_is_the_end(
     assert reason.startswith("the measurement has changed what training reads later: ")
     assert loop.records[2].status == loop.records[4].status == "failed"
     assert loop.records[4].reason == reason and loop.records[4].evaluations == 0
-    monkeypatch.setattr("megatron_sharpness.self_test.NAMED", 99)
+    monkeypatch.setattr("megatron_sharpness.core.checks.NAMED", 99)
     reason = str(StatefulLoop(2).run().records[2].reason)
     for name in (
         "model.hidden", "model.calls", "model.queue[0]", "model.generator", "model.numbers",

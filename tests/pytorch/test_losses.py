@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from megatron_sharpness.measurement import Measurement
+from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.pytorch import CriticalSharpness
 
 STEPS = 6

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.pytorch.hf import CriticalSharpnessCallback
+from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.trainers.hf import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
 from tests.running_norm import RunningNorm
 

@@ -26,9 +26,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.measurement import Measurement
-from megatron_sharpness.pytorch.lightning import CriticalSharpnessCallback
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.trainers.lightning import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
 from tests.running_norm import RunningNorm
 

@@ -34,8 +34,8 @@ from olmo_core.utils import seed_all
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.pytorch.olmo_core import CriticalSharpnessCallback
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.trainers.olmo_core import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
 
 LENGTH, STEPS = 16, 8

@@ -38,8 +38,8 @@ from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAt
 from torchtitan.models.llama3 import model_registry
 from torchtitan.trainer import Trainer
 
-from megatron_sharpness.errors import InputError
-from megatron_sharpness.pytorch.torchtitan import (
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.trainers.torchtitan import (
     CriticalSharpnessConfig,
     CriticalSharpnessTrainer,
 )

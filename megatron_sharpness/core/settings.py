@@ -1,0 +1,102 @@
+"""What a user chooses about a measurement, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_sharpness.core.errors import SettingError
+from megatron_sharpness.core.measurement import TRAIN
+from megatron_sharpness.core.search import Method
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure with.
+
+    Attributes:
+        every: interval in iterations; 0 is off.
+        method: line search: ``certified`` or the paper's ``bisection``.
+        tolerance: width |1 − lower/upper| of the bracket to reach, in (0, 1); 1/4 for
+            ``certified``, which interpolates η_c in it, and 1/16 for ``bisection`` if None.
+        initial_guess: learning rate at which the very first search starts; the step's own if None.
+        max_evaluations: most forward passes that one search may spend.
+        on_error: what a failed measurement does to the run.
+        watch: which measurements are watched, whether they leave everything that training reads
+            later as it was: the ``first`` of a run, or ``always``.
+
+    Raises:
+        SettingError: a value cannot be used; the message names it, the reason and the remedy.
+    """
+
+    every: int = 100
+    method: Method = "certified"
+    tolerance: float | None = None
+    initial_guess: float | None = None
+    max_evaluations: int = 40
+    on_error: Literal["warn", "raise"] = "warn"
+    watch: Literal["first", "always"] = "first"
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.every) or self.every < 0:
+            raise SettingError(
+                "every",
+                self.every,
+                "an interval is a positive whole number; give 100, or 0 to switch it off",
+            )
+        if self.method not in get_args(Method):
+            raise SettingError(
+                "method",
+                self.method,
+                f"no such line search; give one of {', '.join(map(repr, get_args(Method)))}",
+            )
+        if self.tolerance is not None and not 0.0 < self.tolerance < 1.0:
+            raise SettingError(
+                "tolerance",
+                self.tolerance,
+                "a relative width lies between 0 and 1; give 0.0625, or leave it out",
+            )
+        if self.initial_guess is not None and not 0.0 < self.initial_guess < math.inf:
+            raise SettingError(
+                "initial_guess",
+                self.initial_guess,
+                "a learning rate to start from is positive and finite; leave it out to start from "
+                "the step's own",
+            )
+        if not _is_count(self.max_evaluations) or self.max_evaluations < 1:
+            raise SettingError(
+                "max_evaluations",
+                self.max_evaluations,
+                "a search needs forward passes; give 40, the default, or leave it out",
+            )
+        if self.on_error not in ("warn", "raise"):
+            raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
+        if self.watch not in ("first", "always"):
+            raise SettingError("watch", self.watch, "give 'first' or 'always'")
+
+    def due(self, iteration: int) -> bool:
+        """Whether the interval divides ``iteration``."""
+        return self.every > 0 and iteration % self.every == 0
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names of losses that no tag can have.
+
+    Raises:
+        SettingError: names the name, the reason and the remedy.
+    """
+    for name in names:
+        if name == TRAIN or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise SettingError(
+                "losses",
+                name,
+                "a name is a tag's last part, and 'train' is the step's own batch; give one of "
+                "letters, digits, '_', '.' and '-'",
+            )

@@ -1,0 +1,147 @@
+"""The line θ(η) = θ_t + (η/lr)(θ_{t+1} − θ_t) on the parameters that this rank owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sharpness.core.products import product_sums
+
+#: Elements taken at a time. What is computed from them, 4 MiB in fp32, stays in the cache until it
+#: is cast or summed: memory is read once and written once, and nothing as large as a shard is made.
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a parameter that this rank's optimizer updates.
+
+    Attributes:
+        main: what the optimizer steps, in the precision that it steps in (fp32 as a rule).
+        model: where the forward pass reads the same elements, in the model's precision. It may be
+            ``main`` itself, or share its memory.
+        counted: whether this rank's copy counts in sums over all ranks; False for the second and
+            later copies of a parameter that several ranks hold.
+    """
+
+    main: Tensor
+    model: Tensor
+    counted: bool = True
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the forward pass reads the very memory that the optimizer steps."""
+        return self.main.untyped_storage().data_ptr() == self.model.untyped_storage().data_ptr()
+
+
+class UpdateLine:
+    """Snapshot, move and restore the shards of one optimizer step.
+
+    Call :meth:`begin` before the step and :meth:`end` after it. In between the memory of one copy
+    of the shards' main parameters is taken; :meth:`end` takes a second one for the shards whose
+    main parameter is the model's own. With ``offload`` the copies lie on the host, in pinned
+    memory where there is a GPU.
+    """
+
+    def __init__(self, shards: Sequence[Shard], *, offload: bool = False) -> None:
+        self.shards = shards
+        self.offload = offload
+        self._starts: list[Tensor] = []
+        self._ends: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's shards lie."""
+        return self.shards[0].model.device if self.shards else torch.device("cpu")
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Keep θ_t."""
+        self._starts = [self._copy(shard.main) for shard in self.shards]
+
+    @torch.no_grad()
+    def end(self, shards: Sequence[Shard] | None = None) -> None:
+        """Take θ_{t+1}: the main parameters themselves, or a copy where probes overwrite them.
+
+        Args:
+            shards: where the same elements lie now, if a step may put tensors in others' places.
+        """
+        self.shards = self.shards if shards is None else shards
+        self._ends = [
+            self._copy(shard.main) if shard.aliased else shard.main.detach()
+            for shard in self.shards
+        ]
+
+    @torch.no_grad()
+    def move(self, fraction: float) -> None:
+        """Write θ_t + fraction·(θ_{t+1} − θ_t) into the model; 0 and 1 are exact copies.
+
+        The sum is taken in the main parameters' precision and rounded once. Adding to bf16 weights
+        in place would lose the small updates.
+        """
+        for shard, start, end in zip(self.shards, self._starts, self._ends, strict=True):
+            if fraction in (0.0, 1.0):
+                exact = end if fraction else start
+                shard.model.copy_(exact.view_as(shard.model), non_blocking=True)
+                continue
+            device = shard.model.device
+            for a, b, point in _chunks(start, end, shard.model):
+                a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
+                if point.dtype == a.dtype:
+                    torch.lerp(a, b, fraction, out=point)
+                else:
+                    point.copy_(torch.lerp(a, b, fraction))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Take the step back: write θ_t into the main parameters."""
+        for shard, start in zip(self.shards, self._starts, strict=True):
+            shard.main.copy_(start)
+
+    @torch.no_grad()
+    def products(
+        self, gradients: Iterable[Tensor | None], total: Tensor, read_in: torch.dtype | None = None
+    ) -> None:
+        """Add the :class:`~megatron_sharpness.core.products.StepProducts` of the shards that count.
+
+        Args:
+            gradients: for each shard the gradient that the step used, of the elements of
+                ``Shard.main``, or None where there is none.
+            total: what they are added to, field by field; fp64.
+            read_in: the type that the forward pass casts weights to, where it is coarser than the
+                model's.
+        """
+        for shard, start, end, grad in zip(
+            self.shards, self._starts, self._ends, gradients, strict=True
+        ):
+            if not shard.counted:
+                continue
+            device = shard.model.device
+            precision = torch.promote_types(start.dtype, torch.float32)
+            types = [shard.model.dtype] if read_in is None else [shard.model.dtype, read_in]
+            coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+            for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
+                weights = a.to(device, precision)
+                update = weights - b.to(device, precision)
+                gradient = g[0].to(device, precision) if g else None
+                total += product_sums(weights, update, gradient, coarsest).to(total.device)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if not self.offload:
+            return tensor.detach().clone()
+        host = torch.empty(
+            tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda"
+        )
+        return host.copy_(tensor.detach())
+
+
+def _chunks(first: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of all, at most about :data:`CHUNK` at a time."""
+    tensors = [first, *(other.view_as(first) for other in others)]
+    if first.dim() == 0:
+        return iter([tuple(tensors)])
+    rows = max(1, CHUNK * len(first) // max(1, first.numel()))
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

@@ -1,0 +1,1 @@
+"""Text as tokens: written, cut into windows, and drawn for evaluation."""

@@ -1,0 +1,139 @@
+"""``megatron-sharpness report``: the measurements of runs as a table, as curves and as a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import TRAIN
+from megatron_sharpness.report.records import (
+    Run,
+    read_batches,
+    read_records,
+    read_tensorboard,
+    read_tensorboard_beside,
+    read_training_log,
+    records_file,
+    run_name,
+)
+from megatron_sharpness.report.table import format_status, format_table
+
+__all__ = ["add_arguments", "format_table", "read_records", "run"]
+
+SUFFIXES = (".png", ".html")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``megatron-sharpness report``."""
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="JSON lines of a run, or its folder with critical_sharpness.jsonl, there or in its "
+        "folder tensorboard; loss and learning rate of every iteration are read from event files "
+        "beside it",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="write a figure (.png) or a page to open in a browser (.html); may be given again",
+    )
+    every_iteration = parser.add_mutually_exclusive_group()
+    every_iteration.add_argument(
+        "--tensorboard-dir",
+        type=Path,
+        metavar="DIR",
+        help="one run: draw loss and learning rate at every logged iteration, from Megatron's "
+        "TensorBoard",
+    )
+    every_iteration.add_argument(
+        "--train-log",
+        type=Path,
+        metavar="FILE",
+        help="one run: draw loss and learning rate at every logged iteration, from Megatron's "
+        "output",
+    )
+    parser.add_argument(
+        "--last",
+        type=int,
+        default=10,
+        metavar="N",
+        help="print the last N measurements (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the tables and write what every ``--out`` asks for.
+
+    Raises:
+        InputError: a flag or a file that cannot be used.
+    """
+    _check(arguments)
+    runs = _read_runs(arguments)
+    for path in arguments.out:
+        if path.suffix == ".png":
+            from megatron_sharpness.report.figure import draw
+
+            draw(runs, path)
+        else:
+            from megatron_sharpness.report.page import write
+
+            write(runs, path)
+
+    for each in runs:
+        if len(runs) > 1:
+            print(each.name)
+        print(format_table(each.records[-arguments.last :]))
+        print(f"{format_status(each)}\n")
+    for path in arguments.out:
+        print(path)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is read."""
+    if arguments.last < 1:
+        raise InputError(f"--last {arguments.last}: must be at least 1")
+    for path in arguments.out:
+        if path.suffix not in SUFFIXES:
+            raise InputError(
+                f"--out {path}: cannot be written, since its suffix says what to write; end it on "
+                ".png for a figure or .html for a page"
+            )
+    if len(arguments.runs) > 1:
+        for flag in ("--tensorboard-dir", "--train-log"):
+            value = getattr(arguments, flag[2:].replace("-", "_"))
+            if value is not None:
+                raise InputError(
+                    f"{flag} {value}: belongs to one run, and {len(arguments.runs)} are given; "
+                    "leave it away and give each RUN as the folder that holds its JSON lines and "
+                    "TensorBoard event files"
+                )
+
+
+def _read_runs(arguments: argparse.Namespace) -> list[Run]:
+    names = [run_name(path) for path in arguments.runs]
+    if len(set(names)) < len(names):  # folders of the same name: call them as they were given
+        names = [str(path) for path in arguments.runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"RUN {name}: given {names.count(name)} times; give each run once")
+    runs = []
+    for name, path in zip(names, arguments.runs, strict=True):
+        file, logged = records_file(path), None
+        others = read_batches(file)
+        records = others.pop(TRAIN)
+        if not arguments.out:
+            pass  # nothing is drawn, and large event files take their time
+        elif arguments.tensorboard_dir is not None:
+            logged = read_tensorboard(arguments.tensorboard_dir)
+        elif arguments.train_log is not None:
+            logged = read_training_log(arguments.train_log)
+        elif path.is_dir():
+            logged = read_tensorboard_beside(file)
+        runs.append(Run(name, records, logged, others))
+    return runs

@@ -1,0 +1,1 @@
+"""Runs of a training command that measure and train nothing."""
