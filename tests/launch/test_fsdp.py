@@ -167,7 +167,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         cases.append((str(own), str(free_port()), source, argv))
     (folder / "cases.json").write_text(json.dumps(cases))
     started = start_ranks(
-        ["-m", "tests.pytorch.fsdp_worker", "train", str(folder / "cases.json")],
+        ["-m", "tests.launch.fsdp_worker", "train", str(folder / "cases.json")],
         folder,
         2,
         environment={"CUDA_VISIBLE_DEVICES": ""},
@@ -313,7 +313,7 @@ def test_weights_and_tokenizer_of_a_hugging_face_folder_are_used(
     arguments = ["pretrained", str(tiny_olmo), str(tmp_path), *TRAINING.split()]
     hub = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     ranks = start_ranks(
-        ["-W", "ignore", "-m", "tests.pytorch.fsdp_worker", *arguments], tmp_path, 2,
+        ["-W", "ignore", "-m", "tests.launch.fsdp_worker", *arguments], tmp_path, 2,
         environment=hub, pythonpath=TRANSFORMERS,
     )  # fmt: skip
     codes = [rank.wait(timeout=120) for rank in ranks]

@@ -30,7 +30,7 @@ def in_a_process(paths: list[str] | None, *arguments: str, **variables: str) -> 
         pytest.skip("not installed: pip install megatron-sharpness[hf]")
     search = os.pathsep.join([str(ROOT), *paths])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.pytorch.fsdp_worker", *arguments],
+        [sys.executable, "-W", "ignore", "-m", "tests.launch.fsdp_worker", *arguments],
         env=os.environ | {"PYTHONPATH": search, "RANK": "0", "WORLD_SIZE": "2"} | variables,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

@@ -151,7 +151,7 @@ def test_an_olmo_2_of_the_hugging_face_format(
     if TRANSFORMERS is None:
         pytest.skip("transformers is not installed: pip install megatron-sharpness[hf]")
     made = start_ranks(
-        ["-W", "ignore", "-m", "tests.pytorch.fsdp_worker", "olmo", str(tmp_path)], tmp_path, 1,
+        ["-W", "ignore", "-m", "tests.launch.fsdp_worker", "olmo", str(tmp_path)], tmp_path, 1,
         pythonpath=TRANSFORMERS,
     )[0]  # fmt: skip
     assert made.wait(timeout=120) == 0, (tmp_path / "output0.txt").read_text()[-3000:]
