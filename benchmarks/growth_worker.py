@@ -29,9 +29,6 @@ class Probes:
         for _ in range(PASSES):
             loss_at(FRACTION * step.lr)
 
-    def measure_others(self, *_: Any) -> dict[str, Any]:
-        return {}
-
 
 def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -> dict[str, Any]:
     """In place of :meth:`ObservedStep.measure`."""

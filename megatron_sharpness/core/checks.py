@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.search import Probe
 
 #: A replayed L(θ) is the training loss to within this, relatively: the two differ in the order and
@@ -41,7 +42,7 @@ NAMED = 8
 STILL = 0.01
 
 
-class WrongLoss(Exception):
+class WrongLoss(ProbeError):
     """What is evaluated is not the loss that was differentiated; the message says what was seen."""
 
 

@@ -1,4 +1,4 @@
-"""The errors for what a user can set right."""
+"""What a user can set right, and why a step could not be measured."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ class SettingError(InputError):
     def __init__(self, name: str, value: object, reason: str) -> None:
         super().__init__(f"{name}={value!r}: {reason}.")
         self.name, self.value, self.reason = name, value, reason
+
+
+class ProbeError(RuntimeError):
+    """A step could not be measured, or a loss not be evaluated; the message is the reason.
+
+    Adapters raise it on all ranks together.
+    """
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a record: what is ours says all, others begin with their kind."""
+    return str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, get_args
 
 #: How a measurement ended. The first seven are endings of the line search.
@@ -129,6 +130,12 @@ class Measurement:
     replay_error: float | None = None
     reason: str | None = None
 
+    def without_number(self, reason: str) -> Measurement:
+        """The record of a measurement that is not to be trusted, with what was known before it."""
+        kept = ("iteration", "consumed_samples", "lr", "batch", "seconds", "evaluations")
+        values = {name: getattr(self, name) for name in kept}
+        return Measurement(**values, status="failed", reason=reason)
+
     def to_json(self) -> str:
         """One line of strict JSON: a number that is not finite is ``null``."""
         return json.dumps(
@@ -142,6 +149,43 @@ class Measurement:
         if self.batch != TRAIN:
             values = {f"{tag}/{self.batch}": values[tag] for tag in RELATIVE_TAGS}
         return {tag: float(value) for tag, value in values.items() if value is not None}
+
+
+class Records(Mapping[str, Measurement]):
+    """What was measured of one step: the records by name of the data, the step's own batch first.
+
+    Args:
+        measurements: one of the step's own batch, and those of other data.
+    """
+
+    def __init__(self, measurements: Iterable[Measurement]) -> None:
+        self._named = {measurement.batch: measurement for measurement in measurements}
+
+    def __getitem__(self, name: str) -> Measurement:
+        return self._named[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    @property
+    def train(self) -> Measurement:
+        """Of the step's own batch."""
+        return self[TRAIN]
+
+    def scalars(self) -> dict[str, float]:
+        """Tag → value of all of them, for a logger."""
+        return {tag: v for record in self.values() for tag, v in record.scalars().items()}
+
+    def with_train(self, measurement: Measurement) -> Records:
+        """The same with another record of the step's own batch."""
+        return Records({**self._named, TRAIN: measurement}.values())
+
+    def without_numbers(self, reason: str) -> Records:
+        """All of them as :meth:`Measurement.without_number` says."""
+        return Records(record.without_number(reason) for record in self.values())
 
 
 def edge_of_stability(lr: float, weight_decay: float) -> float:

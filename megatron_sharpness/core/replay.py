@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sharpness.core.meter import ProbeError, reason_of
+from megatron_sharpness.core.errors import ProbeError, reason_of
 
 
 class RandomStates:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sharpness.core.measurement import TRAIN, Measurement
-from megatron_sharpness.core.meter import Meter, ProbeError, Step
+from megatron_sharpness.core.errors import ProbeError
+from megatron_sharpness.core.measurement import Records
+from megatron_sharpness.core.meter import Meter
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.replay import all_max, first_error
+from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron.replay import (
@@ -94,7 +96,7 @@ class ObservedStep:
         trained: bool,
         others: Sequence[EvaluationSet] = (),
         frozen: bool = False,
-    ) -> dict[str, Measurement]:
+    ) -> Records:
         """Measure the step, and leave the model at θ_{t+1}. Collective.
 
         Args:
@@ -107,7 +109,7 @@ class ObservedStep:
             frozen: leave the model at θ_t, and the optimizer's main parameters.
 
         Returns:
-            The records by name of the data, ``train`` being the step's own batch.
+            The records, for the meter to write.
         """
         step = self._agree(iteration, consumed_samples, schedule, trained)
         if frozen and step.failed is not None:
@@ -128,9 +130,8 @@ class ObservedStep:
             return self._probe(eta / step.lr, [schedule.replay], reduce)[0]
 
         try:
-            record = meter.measure(step, loss_at)
             names = [samples.name for samples in others]
-            return {TRAIN: record, **meter.measure_others(step, names, losses_at)}
+            return meter.measure(step, loss_at, names, losses_at)
         finally:
             self.line.restore(frozen=frozen)
 

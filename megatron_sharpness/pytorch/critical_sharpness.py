@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_sharpness.core.errors import SettingError
-from megatron_sharpness.core.measurement import TRAIN, Measurement
-from megatron_sharpness.core.meter import Meter, ProbeError, Sink, Step, without_number
+from megatron_sharpness.core.errors import ProbeError, SettingError
+from megatron_sharpness.core.measurement import Measurement, Records
+from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings, check_names
+from megatron_sharpness.core.step import Step
 from megatron_sharpness.pytorch.step import Evaluate, LossSum, ObservedStep
 from megatron_sharpness.pytorch.support import (
     check_callables,
@@ -91,8 +92,8 @@ class CriticalSharpness:
         if frozen is not None and (not isinstance(frozen, int) or frozen < 0):
             raise SettingError("frozen", frozen, "a number of steps; give 0 or more, or None")
         self._frozen = frozen
-        #: The records of the last measurement, by name of the data.
-        self.records: dict[str, Measurement] = {}
+        #: Those of the last measurement.
+        self.records = Records(())
         self._mode = mode
         self._offload = offload == "cpu"
         self._keep = {f"keep {i} ({type(kept).__name__})": kept for i, kept in enumerate(keep)}
@@ -186,15 +187,11 @@ class CriticalSharpness:
                 self._warn(
                     f"critical sharpness of step {step} was not measured: {measurement.reason}"
                 )
-        return self.records[TRAIN]
+        return self.records.train
 
     def scalars(self) -> dict[str, float]:
         """Tag → value of all records of the last measurement, for a logger."""
-        return {
-            tag: value
-            for record in self.records.values()
-            for tag, value in record.scalars().items()
-        }
+        return self.records.scalars()
 
     def close(self) -> None:
         """Observe no further step, and leave model and optimizer without a hook."""
@@ -212,11 +209,11 @@ class CriticalSharpness:
 
     def _measure(
         self, observed: ObservedStep, step: int, evaluate: Evaluate, **given: Any
-    ) -> dict[str, Measurement] | None:
+    ) -> Records | None:
         """The records, written; None where the step is only taken back."""
         meter = self._meter
         if observed.joining:  # ranks that have run out of data take part in nothing
-            return meter.write({TRAIN: meter.measure(Step(step, lr=0.0, failed=JOINING), _no_loss)})
+            return meter.write(meter.measure(Step(step, lr=0.0, failed=JOINING), _no_loss))
         observed.find_error()
         if self._frozen is not None:
             observed.check_undoable(step)
@@ -231,15 +228,16 @@ class CriticalSharpness:
             if not measures:
                 return None
             seen = observed.agree(step, trained=self._mode == "train", **given)
-            record = meter.measure(seen, lambda learning_rate: loss_at(learning_rate / seen.lr))
-            if record.evaluations and (reason := observed.check_draws(seen, loss_at)) is not None:
-                record = without_number(record, reason)
-            others = meter.measure_others(
+            records = meter.measure(
                 seen,
+                lambda learning_rate: loss_at(learning_rate / seen.lr),
                 self._losses,
                 lambda learning_rate, names: losses_at(learning_rate / seen.lr, names),
             )
-        return meter.write({TRAIN: record, **others}, observed.changes)
+            train = records.train
+            if train.evaluations and (reason := observed.check_draws(seen, loss_at)) is not None:
+                records = records.with_train(train.without_number(reason))
+        return meter.write(records, observed.changes)
 
     def _count(self, step: int) -> int | None:
         """Take note of a step's number, and say so once where no number can be due."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_sharpness.core.meter import ProbeError
+from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.state import State
 

@@ -18,10 +18,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from megatron_sharpness.core.checks import EXACT, SAME, is_exact
-from megatron_sharpness.core.meter import ProbeError, Step
+from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
 from megatron_sharpness.core.state import State
+from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.pytorch.passes import (
     OTHER_DRAWS,

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from megatron_sharpness.core.measurement import TRAIN, Measurement
-from megatron_sharpness.core.meter import LossAt, Meter, MeterState, ProbeError, Step
+from megatron_sharpness.core.errors import ProbeError
+from megatron_sharpness.core.measurement import Measurement, Records
+from megatron_sharpness.core.meter import Meter
+from megatron_sharpness.core.self_test import SelfTest
 from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.core.step import LossAt, LossesAt, Step
 
 SLOPE, CURVATURE, START = 2.0, 40.0, 3.0
 CRITICAL = 2.0 * SLOPE / CURVATURE
@@ -25,7 +28,7 @@ def quadratic(eta: float) -> float:
     return START - SLOPE * eta + 0.5 * CURVATURE * eta * eta
 
 
-class Records(list[Measurement]):
+class Written(list[Measurement]):
     def write(self, measurement: Measurement) -> None:
         self.append(measurement)
 
@@ -44,7 +47,7 @@ def measure(
     meter: Meter, function: Callable[[float], float] = quadratic, step: Step = STEP
 ) -> Measurement:
     """Measure and write."""
-    return meter.write({TRAIN: meter.measure(step, counted(function)[0])})[TRAIN]
+    return meter.write(meter.measure(step, counted(function)[0])).train
 
 
 def meter_past_its_test(**state: object) -> Meter:
@@ -52,11 +55,13 @@ def meter_past_its_test(**state: object) -> Meter:
     known: dict[str, object] = {
         "replay_error": 0.0, "repeat_errors": {"train": 0.0}, "slope_agrees": True
     }  # fmt: skip
-    return Meter(Settings(), state=MeterState(**{**known, **state}))  # type: ignore[arg-type]
+    meter = Meter(Settings())
+    meter.load_state_dict({**known, **state})
+    return meter
 
 
 def test_quadratic_gives_every_number_of_the_record() -> None:
-    records = Records()
+    records = Written()
     record = measure(Meter(Settings(), sinks=[records]))
     assert records == [record]
     assert record.status == "found"
@@ -80,20 +85,18 @@ def test_the_self_test_is_made_once_and_then_the_loss_is_free() -> None:
     meter = Meter(Settings())
     for more in (2, 0, 0):
         loss_at, calls = counted(quadratic)
-        record = meter.measure(STEP, loss_at)
+        record = meter.measure(STEP, loss_at).train
         assert calls.count(0.0) == (1 if more else 0)
         assert len(calls) == record.evaluations + more
-    assert meter.state == MeterState(
-        guesses={"train": record.critical_lr or 0.0}, repeat_errors={"train": 0.0},
-        replay_error=0.0, slope_agrees=True, measurements=3,
-    )  # fmt: skip
+    assert meter.guesses == {"train": record.critical_lr}
+    assert meter.test == SelfTest(repeat_errors={"train": 0.0}, replay_error=0.0, slope_agrees=True)
 
 
 def test_without_the_training_loss_it_is_evaluated_twice_at_first_and_then_once() -> None:
     meter = Meter(Settings())
     for expected in (2, 1, 1):
         loss_at, calls = counted(quadratic)
-        record = meter.measure(UNKNOWN, loss_at)
+        record = meter.measure(UNKNOWN, loss_at).train
         assert calls.count(0.0) == expected
         assert (record.loss, record.replay_error, record.tokens) == (START, None, TOKENS)
 
@@ -113,7 +116,7 @@ def test_a_replay_that_is_not_exact_is_reported_and_evaluated_from_then_on() -> 
     step = replace(STEP, training_loss=START + 1e-3)
     for expected in (2, 1, 1):
         loss_at, calls = counted(quadratic)
-        record = meter.measure(step, loss_at)
+        record = meter.measure(step, loss_at).train
         assert calls.count(0.0) == expected
         assert record.status == "found" and record.loss == START
         assert record.replay_error == pytest.approx(1e-3)
@@ -134,7 +137,7 @@ class TestWrongLosses:
             record = measure(meter, wrong)  # type: ignore[arg-type]
             assert record.status == "failed" and "the step was trained on 3" in str(record.reason)
             assert record.critical_lr is None and record.critical_lr_lower is None
-        assert meter.state.guesses == {}
+        assert meter.guesses == {}
         assert measure(meter).status == "found"
 
     @pytest.mark.parametrize("wrong", [MEAN, OTHER, STILL])
@@ -193,7 +196,7 @@ def test_in_evaluation_mode_the_slope_is_of_a_similar_loss(factor: float) -> Non
 def test_searches_start_where_the_last_one_ended() -> None:
     meter = Meter(Settings(initial_guess=1e-3))
     measure(meter)
-    assert meter.state.guesses["train"] == pytest.approx(CRITICAL, rel=1e-6)
+    assert meter.guesses["train"] == pytest.approx(CRITICAL, rel=1e-6)
     loss_at, calls = counted(quadratic)
     meter.measure(STEP, loss_at)
     assert len(calls) == 3 and all(CRITICAL / 1.34 < eta < CRITICAL * 1.34 for eta in calls)
@@ -211,7 +214,8 @@ def test_steps_that_cannot_be_measured_make_no_probe(
     change: dict[str, object], status: str
 ) -> None:
     loss_at, calls = counted(quadratic)
-    record = Meter(Settings()).measure(replace(STEP, **change), loss_at)  # type: ignore[arg-type]
+    step = replace(STEP, **change)  # type: ignore[arg-type]
+    record = Meter(Settings()).measure(step, loss_at).train
     assert record.status == status
     assert record.reason == (change.get("skipped") or change.get("failed"))
     assert calls == []
@@ -239,7 +243,7 @@ def test_an_error_can_be_made_fatal_and_is_recorded_first() -> None:
     def broken(eta: float) -> float:
         raise ProbeError("rank 1: OutOfMemoryError")
 
-    records = Records()
+    records = Written()
     with pytest.raises(ProbeError, match="OutOfMemoryError"):
         measure(Meter(Settings(on_error="raise"), sinks=[records]), broken)
     assert [record.status for record in records] == ["failed"]
@@ -254,8 +258,9 @@ def test_the_noise_is_of_weights_kernels_and_fp32_and_each_has_its_remedy() -> N
     record = measure(meter := meter_past_its_test(repeat_errors={"train": 0.03}), step=step)
     assert record.noise == pytest.approx(math.hypot(0.02, 0.03), rel=1e-6)
     assert "evaluating it again" in str(record.reason) and "more tokens" in str(record.reason)
-    assert meter.state.guesses == {}
-    narrow = Meter(Settings(tolerance=1e-4), state=meter_past_its_test().state)
+    assert meter.guesses == {}
+    narrow = Meter(Settings(tolerance=1e-4))
+    narrow.load_state_dict(meter_past_its_test().state_dict())
     record = measure(narrow, step=replace(STEP, noise=1e-3))
     assert record.status == "noise_limited" and "wider tolerance" in str(record.reason)
     assert record.critical_lr_lower is not None  # what was seen is kept
@@ -264,13 +269,13 @@ def test_the_noise_is_of_weights_kernels_and_fp32_and_each_has_its_remedy() -> N
 def test_a_learning_rate_within_the_noise_is_not_where_the_search_starts() -> None:
     step = replace(STEP, lr=1e-9, noise=1e-5, resolution=2e-3)
     loss_at, calls = counted(quadratic)
-    record = meter_past_its_test().measure(step, loss_at)
+    record = meter_past_its_test().measure(step, loss_at).train
     assert calls[0] == 2e-3 and record.status == "found" and record.evaluations <= 6
     assert record.critical_lr == pytest.approx(CRITICAL, rel=0.01)
     # Nothing is compared with the slope below the resolution, and nothing read off there.
     again = meter_past_its_test(slope_agrees=None)
     again.measure(replace(step, resolution=CRITICAL / 10), loss_at)
-    assert again.state.slope_agrees is None
+    assert again.test.slope_agrees is None
 
 
 def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
@@ -279,7 +284,7 @@ def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
             raise OSError("no space left on device")
 
     warnings: list[str] = []
-    records = Records()
+    records = Written()
     meter = Meter(Settings(), sinks=[Full(), Full(), records], warn=warnings.append)
     for _ in range(3):
         measure(meter)
@@ -290,17 +295,17 @@ def test_a_sink_that_fails_is_reported_and_the_others_are_written() -> None:
 
 
 def test_what_a_watch_has_found_ends_the_measurements_with_that_reason() -> None:
-    records = Records()
+    records = Written()
     meter = Meter(Settings(), sinks=[records])
     assert meter.watches
     found = measure(meter)
     assert found.status == "found" and meter.watches  # it was not watched
     changed = ["model.cache", *(f"name {i}" for i in range(9))]
-    record = meter.write({TRAIN: found}, changed)[TRAIN]
+    record = meter.write(Records([found]), changed).train
     assert record.status == "failed" and record.critical_lr is None
     assert "model.cache, name 0" in str(record.reason) and "and 2 more" in str(record.reason)
     loss_at, calls = counted(quadratic)
-    again = meter.measure(STEP, loss_at)
+    again = meter.measure(STEP, loss_at).train
     assert again.reason == record.reason and calls == [] and not meter.watches
     assert records == [found, record]
 
@@ -318,17 +323,17 @@ def test_a_loss_that_does_not_repeat_is_not_tried_again() -> None:
 
 def test_the_first_measurement_is_watched_or_each() -> None:
     first, always = Meter(Settings()), Meter(Settings(watch="always"))
-    first.write({TRAIN: first.measure(replace(STEP, lr=0.0), counted(quadratic)[0])}, [])
+    first.write(first.measure(replace(STEP, lr=0.0), counted(quadratic)[0]), [])
     assert first.watches  # without a probe that was none
     for meter in (first, always):
-        meter.write({TRAIN: meter.measure(STEP, counted(quadratic)[0])}, [])
+        meter.write(meter.measure(STEP, counted(quadratic)[0]), [])
     assert not first.watches and always.watches
 
 
 def test_what_a_watch_has_found_can_be_made_fatal() -> None:
     meter = Meter(Settings(on_error="raise"))
     with pytest.raises(ProbeError, match=r"model\.cache"):
-        meter.write({TRAIN: measure(meter)}, ["model.cache"])
+        meter.write(Records([measure(meter)]), ["model.cache"])
 
 
 def test_a_loss_that_is_the_same_everywhere_says_what_the_model_does_not_read() -> None:
@@ -358,68 +363,82 @@ def test_due_counts_from_one() -> None:
     assert [i for i in range(1, 10) if settings.due(i)] == [3, 6, 9]
 
 
-def others(
-    functions: dict[str, Callable[[float], float]],
-) -> Callable[[float, Sequence[str]], dict[str, tuple[float, int]]]:
+def others(functions: dict[str, Callable[[float], float]]) -> LossesAt:
     return lambda eta, names: {name: (functions[name](eta), 64) for name in names}
 
 
+def measure_others(
+    meter: Meter, functions: dict[str, Callable[[float], float]], step: Step = STEP
+) -> Records:
+    """Measure a step's own batch, which is :func:`quadratic`, and other data."""
+    return meter.measure(step, counted(quadratic)[0], functions, others(functions))
+
+
 def test_losses_on_other_data_have_records_of_their_own() -> None:
-    records = Records()
+    records = Written()
     meter = Meter(Settings(), sinks=[records])
-    measure(meter)
-    found = meter.measure_others(
-        STEP,
-        ["code", "steep"],
-        others({"code": lambda eta: 5.0 - eta + 3.0 * eta * eta, "steep": lambda eta: 5.0 + eta}),
-    )
-    assert meter.write(found) == found and records[1:] == list(found.values())
+    functions = {
+        "code": lambda eta: 5.0 - eta + 3.0 * eta * eta, "steep": lambda eta: 5.0 + eta
+    }  # fmt: skip
+    found = measure_others(meter, functions)
+    assert meter.write(found) == found and records == list(found.values())
+    assert list(found) == ["train", "code", "steep"]
     code, steep = found["code"], found["steep"]
     assert (code.batch, code.status, code.tokens, code.loss) == ("code", "found", 64, 5.0)
     assert code.critical_lr == pytest.approx(1 / 3, rel=1e-6)
     assert code.lr_over_critical == pytest.approx(0.09, rel=1e-6)
     assert code.slope is None and code.update_norm == STEP.update_norm
     assert (steep.status, steep.critical_lr) == ("not_descent", None)
-    assert meter.state.guesses == {"train": records[0].critical_lr, "code": code.critical_lr}
+    assert meter.guesses == {"train": found.train.critical_lr, "code": code.critical_lr}
+    assert found.scalars() == {**found.train.scalars(), **code.scalars()}
     assert code.scalars().keys() == {
         "critical-sharpness/code", "critical-learning-rate/code",
         "learning-rate-over-critical/code",
     }  # fmt: skip
 
 
+def test_a_watch_takes_the_numbers_of_other_data_too() -> None:
+    meter = Meter(Settings())
+    found = measure_others(meter, {"code": lambda eta: 5.0 - eta + 3.0 * eta * eta})
+    written = meter.write(found, ["model.cache"])
+    assert [record.status for record in written.values()] == ["failed", "failed"]
+
+
 def test_a_loss_on_other_data_that_falls_by_less_than_its_noise_is_noise_limited() -> None:
     step = replace(STEP, noise=1e-3)  # of the weights, as the training gradient estimates it
-    shallow = others({"code": lambda eta: 5.0 - 0.1 * eta + 0.5 * eta * eta})  # s·η_c = 0.02
-    deep = others({"code": lambda eta: 5.0 - eta + 5.0 * eta * eta})  # s·η_c = 0.2
-    limited = Meter(Settings()).measure_others(step, ["code"], shallow)["code"]
+    functions = {
+        "shallow": lambda eta: 5.0 - 0.1 * eta + 0.5 * eta * eta,  # s·η_c = 0.02
+        "deep": lambda eta: 5.0 - eta + 5.0 * eta * eta,  # s·η_c = 0.2
+    }
+    found = measure_others(Meter(Settings()), functions, step)
+    limited = found["shallow"]
     assert limited.status == "noise_limited" and limited.noise == pytest.approx(1e-3, rel=1e-4)
-    assert "16 bits" in str(limited.reason)
-    assert Meter(Settings()).measure_others(step, ["code"], deep)["code"].status == "found"
+    assert "16 bits" in str(limited.reason) and found["deep"].status == "found"
 
 
 def test_a_loss_on_other_data_that_does_not_repeat_fails_by_itself() -> None:
     draws: Iterator[float] = itertools.cycle([0.0, 0.2, -0.1])
-    both = others(
-        {"drawn": lambda eta: 5.0 + next(draws), "code": lambda eta: 5.0 - eta + 5.0 * eta * eta}
-    )
+    functions = {
+        "drawn": lambda eta: 5.0 + next(draws), "code": lambda eta: 5.0 - eta + 5.0 * eta * eta
+    }  # fmt: skip
     meter = Meter(Settings())
-    found = meter.measure_others(STEP, ["drawn", "code"], both)
+    found = measure_others(meter, functions)
     assert found["drawn"].status == "failed" and "does not repeat" in str(found["drawn"].reason)
     assert found["code"].status == "found"
-    assert meter.state.repeat_errors == {"code": 0.0}
+    assert meter.test.repeat_errors == {"train": 0.0, "code": 0.0}
 
 
 def test_rounding_next_to_theta_is_no_descent() -> None:
     """The slope is 0, and what is left to fall is the rounding of the loss."""
-    meter = Meter(Settings())
-    flat = others({"code": lambda eta: round(5.0 + 30 * eta * eta, 7)})
-    assert meter.measure_others(STEP, ["code"], flat)["code"].status == "noise_limited"
+    flat = {"code": lambda eta: round(5.0 + 30 * eta * eta, 7)}
+    assert measure_others(Meter(Settings()), flat)["code"].status == "noise_limited"
 
 
 def test_steps_that_cannot_be_measured_make_no_probe_of_other_data() -> None:
-    def never(eta: float, names: Sequence[str]) -> dict[str, tuple[float, int]]:
+    def never(eta: float) -> float:
         raise AssertionError
 
     for changed, status in (({"skipped": "an overflow"}, "skipped_step"), ({"lr": 0.0}, "zero_lr")):
-        found = Meter(Settings()).measure_others(replace(STEP, **changed), ["code"], never)  # type: ignore[arg-type]
-        assert found["code"].status == status
+        step = replace(STEP, **changed)  # type: ignore[arg-type]
+        found = measure_others(Meter(Settings()), {"code": never}, step)
+        assert found["code"].status == found.train.status == status

@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_sharpness.core.measurement import Measurement
-from megatron_sharpness.core.meter import Meter, Step
+from megatron_sharpness.core.meter import Meter
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.update_line import Shard, UpdateLine
 
 EIGENVALUES = torch.tensor([0.5, 1.0, 3.0, 7.0, 20.0, 50.0], dtype=torch.float64)
@@ -68,7 +69,7 @@ def measure(rank: int, world: int, layout: str) -> Measurement:
         line.move(eta / LR)
         return loss(), 1
 
-    record = Meter(Settings(tolerance=1e-3)).measure(
+    records = Meter(Settings(tolerance=1e-3)).measure(
         Step(
             iteration=1, consumed_samples=1, lr=LR, training_loss=before,
             slope=float(products[0]) / LR, update_norm=math.sqrt(products[1]) / LR,
@@ -77,7 +78,7 @@ def measure(rank: int, world: int, layout: str) -> Measurement:
     )  # fmt: skip
     line.move(1.0)
     assert torch.equal(model, after)
-    return record
+    return records.train
 
 
 @pytest.mark.parametrize("world", [1, 2])

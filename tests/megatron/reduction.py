@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 
-from megatron_sharpness.core.meter import ProbeError  # noqa: E402
+from megatron_sharpness.core.errors import ProbeError  # noqa: E402
 from megatron_sharpness.megatron.replay import Loss, RecordingSchedule  # noqa: E402
 
 dist.init_process_group("gloo")

@@ -19,9 +19,8 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, ProbeError
 from megatron_sharpness.core.measurement import Measurement
-from megatron_sharpness.core.meter import ProbeError
 from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.pytorch import CriticalSharpness
 

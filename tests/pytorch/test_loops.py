@@ -21,9 +21,8 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
 
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, ProbeError
 from megatron_sharpness.core.measurement import Measurement
-from megatron_sharpness.core.meter import ProbeError
 from megatron_sharpness.core.state import State
 from megatron_sharpness.pytorch import CriticalSharpness
 

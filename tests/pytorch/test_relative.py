@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from megatron_sharpness.core.errors import InputError
-from megatron_sharpness.core.meter import ProbeError
+from megatron_sharpness.core.errors import InputError, ProbeError
 from megatron_sharpness.pytorch import CriticalSharpness
 
 from .gpt import loss_sum, make_batch

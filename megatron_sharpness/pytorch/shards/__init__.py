@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from megatron_sharpness.core.meter import ProbeError
+from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.update_line import Shard, UpdateLine
 from megatron_sharpness.core.watch import Checksums
