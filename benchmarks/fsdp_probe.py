@@ -10,7 +10,7 @@ import torch.distributed as dist
 from benchmarks import ranks
 from benchmarks.gpt import DEVICE, Size, Training
 from megatron_sharpness.core.replay import RandomStates, reduce_loss
-from megatron_sharpness.pytorch.shards import ModelOnLines
+from megatron_sharpness.pytorch.optimizer import ModelOnLines
 from megatron_sharpness.pytorch.step import ObservedStep
 
 FRACTION = 1.5

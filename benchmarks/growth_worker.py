@@ -44,7 +44,8 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
     reduce = partial(schedule.reduce, per_token=schedule.per_token)
     line.begin(observed.optimizer)
     owned = sum(shard.main.numel() for entry, _ in line.lines for shard in entry.shards)
-    gathered = sum(buffer.param_data.nbytes for chunk in line.gathered for buffer in chunk.buffers)
+    buffers = [buffer for chunk in line.gathers.chunks for buffer in chunk.buffers]
+    gathered = sum(buffer.param_data.nbytes for buffer in buffers)
     copies: list[float] = []
     gathers: list[float] = []
     seconds = ranks.alternate(
@@ -57,7 +58,7 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
             "products": products,
             "probe": lambda: observed._probe(FRACTION, [schedule.replay], reduce),
             "write": lambda: line.move(FRACTION),
-            "gather": line.sync,
+            "gather": line.gathers.sync,
             "restore": line.restore,
         },
         int(os.environ["BENCHMARK_REPETITIONS"]),

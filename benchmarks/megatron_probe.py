@@ -47,7 +47,7 @@ def measure(
             "plain": plain,
             "probe": lambda: observed._probe(fraction, [schedule.replay], reduce),
             "write": lambda: line.move(fraction),
-            "gather": line.sync,
+            "gather": line.gathers.sync,
             "states": restore,
             "reduce": lambda: reduce(losses, None),
         },
@@ -59,7 +59,7 @@ def measure(
     )  # θ_t and θ_{t+1} are read, the model is written
     gathered = sum(
         buffer.param_data.nbytes
-        for chunk in line.gathered
+        for chunk in line.gathers.chunks
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     )
     line.restore()

@@ -21,13 +21,13 @@ from megatron_sharpness.core.replay import all_max, first_error
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.data.evaluation import EvaluationSet
+from megatron_sharpness.megatron.line import MegatronLine
 from megatron_sharpness.megatron.replay import (
     Loss,
     MicroBatches,
     RecordingSchedule,
     current_device,
 )
-from megatron_sharpness.megatron.shards import MegatronLine
 from megatron_sharpness.megatron.watch import watch_over
 
 #: Why Megatron does not step.
@@ -252,7 +252,7 @@ class ObservedStep:
             self.line.move(fraction)
         except Exception as caught:
             error = caught
-        self.line.sync()
+        self.line.gathers.sync()
         found = []
         for run in passes:
             losses = None
@@ -260,7 +260,7 @@ class ObservedStep:
                 losses = run()
             except Exception as caught:
                 error = error or caught
-            self.line.finish()
+            self.line.gathers.finish()
             found.append(reduce(losses, error))
         return found
 

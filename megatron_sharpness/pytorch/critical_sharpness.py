@@ -17,7 +17,8 @@ from megatron_sharpness.core.measurement import Measurement, Records
 from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings, check_names
 from megatron_sharpness.core.step import Step
-from megatron_sharpness.pytorch.step import Evaluate, LossSum, ObservedStep
+from megatron_sharpness.pytorch.losses import Evaluate, LossSum
+from megatron_sharpness.pytorch.step import ObservedStep
 from megatron_sharpness.pytorch.support import (
     check_callables,
     inner_optimizer,

@@ -7,13 +7,10 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -24,24 +21,22 @@ from megatron_sharpness.core.replay import RandomStates, all_max, all_sum, first
 from megatron_sharpness.core.state import State
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
+from megatron_sharpness.pytorch.losses import (
+    Evaluate,
+    LossSum,
+    explained,
+    sums_of,
+    training_loss_of,
+    whole,
+)
+from megatron_sharpness.pytorch.optimizer import ModelOnLines, ObservedOptimizer, largest_rates
 from megatron_sharpness.pytorch.passes import (
     OTHER_DRAWS,
     RecordedPasses,
     collective_device,
     state_of,
 )
-from megatron_sharpness.pytorch.shards import (
-    ModelOnLines,
-    ObservedOptimizer,
-    largest_rates,
-    local,
-)
-
-#: A sum of losses in nats and the number of tokens that it was summed over.
-LossSum = tuple[Tensor | float, Tensor | float]
-
-#: Gives them at the model's weights.
-Evaluate = Callable[[], LossSum]
+from megatron_sharpness.pytorch.shards import local
 
 #: The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t).
 LossAt = Callable[[float], tuple[float, int]]
@@ -220,10 +215,10 @@ class ObservedStep:
             tokens: Tensor | float = 0.0
             try:  # whatever failed before: the other ranks wait in the model's collectives
                 with torch.no_grad():
-                    loss, tokens = _sums(function())
+                    loss, tokens = sums_of(function())
                 check()
             except Exception as caught:
-                error = error or _explained(caught)
+                error = error or explained(caught)
             return reduce_loss(loss, tokens, error, collective_device())
 
         def count_passes() -> None:
@@ -341,10 +336,10 @@ class ObservedStep:
         if products.squared_update == 0.0:
             return dataclasses.replace(seen, skipped=NOT_MOVED)
         clip = 1.0
-        if grad_norm is not None and 0.0 < (norm := float(_whole(grad_norm))) < math.inf:
+        if grad_norm is not None and 0.0 < (norm := float(whole(grad_norm))) < math.inf:
             clip = math.sqrt(products.squared_gradient) / norm
         try:
-            training_loss = _training_loss(loss) if trained else None
+            training_loss = training_loss_of(loss) if trained else None
         except ProbeError as caught:
             return dataclasses.replace(seen, failed=str(caught))
         return dataclasses.replace(
@@ -355,63 +350,6 @@ class ObservedStep:
             resolution=products.resolution(lr),
             update_norm=math.sqrt(products.squared_update) / lr,
         )
-
-
-def _explained(error: Exception) -> Exception:
-    """What went wrong in an evaluation, and what to do where that is known."""
-    if isinstance(error, RuntimeError) and "require grad" in str(error):
-        return ProbeError(
-            f"{error}. evaluate is called under no_grad: compute a loss that differentiates itself "
-            "in `with torch.enable_grad():`, and return it detached"
-        )
-    return error
-
-
-def _whole(value: Tensor | float) -> Tensor | float:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _training_loss(loss: LossSum | None) -> float | None:
-    """The mean of all ranks, or None where not every rank gives its part. Collective.
-
-    Raises:
-        ProbeError: a rank's part is none that can be compared.
-    """
-    given = torch.tensor([loss is None], dtype=torch.float64)
-    if all_max(given, collective_device()).item():
-        return None
-    total: Tensor | float = 0.0
-    tokens: Tensor | float = 0.0
-    error: Exception | None = None
-    try:
-        total, tokens = _sums(loss, "loss")
-    except Exception as caught:
-        error = caught
-    return reduce_loss(total, tokens, error, collective_device())[0]
-
-
-def _sums(given: Any, name: str = "evaluate()") -> LossSum:
-    """What ``evaluate`` returned, or the loop gave, checked."""
-    if not isinstance(given, tuple) or len(given) != 2:
-        raise TypeError(
-            f"{name} is {type(given).__name__}; it is to be a tuple of this rank's sum of losses "
-            "and number of tokens"
-        )
-    loss, tokens = given
-    for value in given:
-        if isinstance(value, bool) or not isinstance(value, (Tensor, Real)):
-            raise TypeError(f"{name} holds {value!r}, which is no number")
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise TypeError(
-            f"{name} has a loss of shape {tuple(loss.shape)}; it is to be the sum of losses, one "
-            "number: reduction='sum'"
-        )
-    if isinstance(loss, Tensor) and loss.is_floating_point() and loss.dtype.itemsize < 4:
-        raise TypeError(
-            f"{name} has a loss in {loss.dtype}, too coarse to compare; compute the loss in fp32, "
-            "from logits.float()"
-        )
-    return _whole(loss), _whole(tokens)
 
 
 def _beta1(optimizers: Sequence[Optimizer]) -> float | None:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from megatron_sharpness.core.errors import InputError, SettingError
-from megatron_sharpness.pytorch.shards import local, stepped
+from megatron_sharpness.pytorch.shards import local, shards_of
 
 
 def optimizers_in(given: Any) -> list[Optimizer]:
@@ -69,7 +69,7 @@ def refuse_unsupported(
     seen: set[Tensor] = set()
     for optimizer in optimizers:
         _refuse_optimizer(optimizer)
-        parameters = stepped(optimizer)
+        parameters = shards_of(optimizer).parameters()
         if seen.intersection(parameters):
             raise InputError(
                 "optimizer: two of the optimizers step the same parameter, so that there is no one "

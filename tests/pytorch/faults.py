@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_sharpness.core.update_line import UpdateLine
-from megatron_sharpness.pytorch.step import Evaluate
+from megatron_sharpness.pytorch.losses import Evaluate
 
 from .layouts import DISTRIBUTED
 from .training import EVERY, STEPS, train

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from megatron_sharpness.pytorch import CriticalSharpness
-from megatron_sharpness.pytorch.step import Evaluate
+from megatron_sharpness.pytorch.losses import Evaluate
 from tests.digest import hash_of, random_states
 
 from .gpt import loss_sum, make_batch, make_gpt

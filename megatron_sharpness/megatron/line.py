@@ -1,0 +1,107 @@
+"""The line of an optimizer step over all of Megatron's optimizers, written into its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sharpness.core.products import StepProducts
+from megatron_sharpness.core.update_line import UpdateLine
+from megatron_sharpness.core.watch import Checksums
+from megatron_sharpness.megatron.shards import leaf_optimizers, shards_of
+from megatron_sharpness.megatron.shards.parameter_buffers import BufferGathers
+
+
+class MegatronLine:
+    """One optimizer step's line over all leaf optimizers, written into Megatron's model.
+
+    Args:
+        model: the model chunks of this rank, as ``train_step`` gets them.
+        offload: keep the copies in host memory.
+    """
+
+    def __init__(self, model: Sequence[Any], *, offload: bool) -> None:
+        self.model = model
+        self.offload = offload
+        self.lines: list[tuple[UpdateLine, Any]] = []
+        self.gathers = BufferGathers(model)
+        self.is_open = False
+
+    @property
+    def coarse(self) -> bool:
+        """Whether this rank has a part of a model in 16 bits."""
+        shards = [shard for line, _ in self.lines for shard in line.shards]
+        return any(shard.model.dtype.itemsize < 4 for shard in shards)
+
+    def begin(self, optimizer: Any) -> None:
+        """Keep θ_t of all that ``optimizer`` is about to step."""
+        self.is_open = False
+        self.gathers.forget()
+        self.lines = [
+            (UpdateLine(shards_of(leaf), offload=self.offload), group)
+            for leaf, group in leaf_optimizers(optimizer)
+        ]
+        for line, _ in self.lines:
+            line.begin()
+
+    def weights(self) -> Checksums:
+        """Of this rank's shards, in the model and in the optimizer."""
+        shards = [shard for line, _ in self.lines for shard in line.shards]
+        return Checksums(t for s in shards for t in ((s.main,) if s.aliased else (s.main, s.model)))
+
+    def gather(self) -> None:
+        """Have the shards of all ranks in the model, as they are. Collective."""
+        self.gathers.settle()
+        self.gathers.sync()
+        self.gathers.finish()
+        self.gathers.put_account_back()
+
+    def end(self) -> None:
+        """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
+        for line, _ in self.lines:
+            line.end()
+        self.is_open = True
+        self.gathers.settle()
+
+    def move(self, fraction: float) -> None:
+        """Write this rank's shards of θ(fraction). The gathers must follow on all ranks."""
+        for line, _ in self.lines:
+            line.move(fraction)
+
+    def restore(self, *, frozen: bool = False) -> None:
+        """θ_{t+1} back into the model, and Megatron's own account of its gathers.
+
+        With ``frozen`` it is θ_t, and the optimizer's main parameters are put back, too.
+        Collective, and nothing at all once the line was released.
+        """
+        if not self.is_open:
+            return
+        self.move(0.0 if frozen else 1.0)
+        for line, _ in self.lines if frozen else ():
+            line.undo()
+        self.gathers.sync()
+        self.gathers.end()
+        self.release()
+
+    def release(self) -> None:
+        """Give the copies back."""
+        self.is_open = False
+        self.lines = []
+
+    def products(self) -> Tensor:
+        """The fields of :class:`StepProducts` over all ranks; fp64.
+
+        g is the main gradient that the step has used, clipped as it was. Summed as Megatron sums
+        the gradient norm: each optimizer over its own group of ranks.
+        """
+        device = torch.cuda.current_device()
+        total = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=device)
+        for line, group in self.lines:
+            partial = torch.zeros_like(total)
+            line.products((shard.main.grad for shard in line.shards), partial)
+            torch.distributed.all_reduce(partial, group=group)
+            total += partial
+        return total

@@ -1,0 +1,275 @@
+"""The optimizers of a loop, each observed through its next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_sharpness.core.errors import ProbeError
+from megatron_sharpness.core.products import StepProducts
+from megatron_sharpness.core.update_line import UpdateLine
+from megatron_sharpness.core.watch import Checksums
+from megatron_sharpness.pytorch.shards import FullyShardedModules, local, shards_of
+
+
+class ObservedOptimizer:
+    """One optimizer's next step seen from both sides: θ_t, θ_{t+1} and their products with g.
+
+    θ_t is what the weights are when ``step`` is called, whatever it does before it calls its
+    closure. The products are taken right after the step, since the loop may then clear the
+    gradients. An error costs the measurement, never the step.
+
+    Attributes:
+        steps: how often the optimizer has stepped.
+        idle: and how often with a learning rate of 0, as warm-ups do, and
+            ``torch.distributed.checkpoint`` to make the optimizer's state.
+        error: what went wrong while watching.
+        lr: the largest learning rate of its parameter groups, as the step used it.
+        weight_decay: the largest weight decay.
+        products: this rank's part of :class:`StepProducts`; fp64.
+        slope_known: whether they hold the gradient at θ_t of all parameters.
+        shards: the parameters that it steps on this rank.
+
+    Args:
+        optimizer: to be watched.
+        read_in: gives, once the forward passes are over, the narrowest type that they read weights
+            in.
+        offload: keep the copies in host memory.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        read_in: Callable[[], torch.dtype | None],
+        *,
+        offload: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.shards = shards_of(optimizer)
+        self._read_in = read_in
+        self.steps = self.idle = 0
+        self.error: Exception | None = None
+        self.lr = 0.0
+        self.weight_decay = 0.0
+        self.products = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
+        self.slope_known = True
+        self._offload = offload
+        self._line = UpdateLine([])
+        #: PyTorch's own optimizers call their closure before all else, and leave gradients alone.
+        self._own = type(optimizer).__module__.startswith("torch.optim.")
+        self._left = self._weights()
+        self._used: Checksums | None = None
+        self._depth = 0  # a step may call that of the class it was derived from
+        self._release = on_step(optimizer, self._before, self._after)
+
+    def move(self, fraction: float) -> None:
+        """Write θ_t + fraction·(θ_{t+1} − θ_t) to this rank's shards; nothing without a step."""
+        self._line.move(fraction)
+
+    def release(self) -> None:
+        """Take the hooks off and give the copies back."""
+        self._release()
+        self._line = UpdateLine([])
+
+    def inspect(self) -> Exception | None:
+        """Why no update leads from the weights of before to those of now, if so."""
+        if self.error is not None:
+            return self.error
+        name = type(self.optimizer).__name__
+        if self.steps > 1:
+            return ProbeError(
+                f"{name}.step was called {self.steps} times since the last after_step, so that "
+                "there is no one update; call after_step after each, with a number of its own"
+            )
+        if self._left == self._weights() or self.error is not None:
+            return self.error
+        if self.steps or self.idle:
+            return ProbeError(
+                f"the weights were changed between {name}.step and after_step (clamped, masked, "
+                "averaged, or swapped by an optimizer around this one or by its own eval()), so "
+                "that they lie off the update; they were left as they are. Call after_step right "
+                "after the step, before they are changed, or give the outermost optimizer"
+            )
+        return ProbeError(
+            f"the weights have changed, and not in {name}.step, which was not called; give the "
+            "optimizer whose step the loop calls (of one that steps in two halves, such as SAM's "
+            "first_step and second_step, the optimizer that it wraps)"
+        )
+
+    def _before(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """Called at the entry of ``step``; returns what is called in place of its closure."""
+        self._depth += 1
+        if self._depth > 1:
+            return closure
+        if closure is None:
+            self._begin()
+            return None
+
+        def closure_then_begin() -> Any:
+            result = closure()
+            self._begin()
+            return result
+
+        def closure_anywhere() -> Any:
+            # Of an optimizer that moves the weights first, as SAM does, the gradient is not θ_t's.
+            self.slope_known &= self._left == self._weights()
+            result = closure()
+            self._used = self._gradients()
+            return result
+
+        if self._own:
+            # The closure holds the backward pass, beside whose activations no copy should lie.
+            return closure_then_begin
+        self._begin()
+        self._left = self._weights()
+        return closure_anywhere
+
+    def _begin(self) -> None:
+        try:
+            self.lr, self.weight_decay = largest_rates(self.optimizer)
+            self._line = UpdateLine(self.shards.shards(), offload=self._offload)
+            self._line.begin()
+            self._used = None if self._own else self._gradients()
+        except Exception as caught:  # out of memory, say
+            self._fail(caught)
+
+    def _after(self) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        moves = self.lr != 0.0 or self.error is not None
+        self.steps, self.idle = self.steps + moves, self.idle + (not moves)
+        try:
+            # Collective for partial sums, and so made on a rank that failed before, too.
+            gradients = self.shards.gradients()
+            sparse = [g is not None and g.layout != torch.strided for g in gradients]
+            self.slope_known &= not any(sparse)
+            if self._used is not None:  # some optimizers compute in the gradients' own memory
+                self.slope_known &= self._used == self._gradients()
+            if self.error is None:
+                self._line.end(self.shards.shards())
+                self.products = torch.zeros_like(self.products, device=self._line.device)
+                dense = (None if odd else g for g, odd in zip(gradients, sparse, strict=True))
+                self._line.products(dense, self.products, self._read_in())
+                self._left = self._weights()
+        except Exception as caught:
+            self._fail(caught)
+
+    def _weights(self) -> Checksums:
+        return self._checksums(self.shards.parameters())
+
+    def _gradients(self) -> Checksums:
+        gradients = [parameter.grad for parameter in self.shards.parameters()]
+        return self._checksums(g for g in gradients if g is not None and g.layout == torch.strided)
+
+    def _checksums(self, tensors: Iterable[Tensor]) -> Checksums:
+        try:
+            return Checksums(local(tensor) for tensor in tensors)
+        except Exception as caught:  # out of memory, say: the loop and its step go on
+            self._fail(caught)
+            return Checksums([])
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self._line = UpdateLine([])
+
+
+def on_step(
+    optimizer: Optimizer,
+    before: Callable[[Callable[[], Any] | None], Callable[[], Any] | None],
+    after: Callable[[], None],
+) -> Callable[[], None]:
+    """Have functions called before and after an optimizer's ``step``.
+
+    Args:
+        before: given the closure, or None; returns what is called in its place.
+
+    Returns:
+        What takes them off.
+    """
+
+    def replaced(arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+        given = arguments[0] if arguments else named.get("closure")
+        closure = before(given if callable(given) else None)
+        if closure is None:
+            return tuple(arguments), named
+        if arguments:
+            return (closure, *arguments[1:]), named
+        return (), {**named, "closure": closure}
+
+    if getattr(type(optimizer).step, "hooked", False):
+
+        def before_hook(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            rest, named = replaced(arguments[1:], named)
+            return (arguments[0], *rest), named
+
+        handles = [
+            optimizer.register_step_pre_hook(before_hook),
+            optimizer.register_step_post_hook(lambda *_: after()),
+        ]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove
+
+    # A wrapper that was not made by Optimizer.__init__ runs no hooks.
+    held, step, watching = vars(optimizer).get("step"), optimizer.step, True
+
+    def watched_step(*arguments: Any, **named: Any) -> Any:
+        if not watching:
+            return step(*arguments, **named)
+        arguments, named = replaced(arguments, named)
+        result = step(*arguments, **named)
+        after()
+        return result
+
+    def put_back() -> None:
+        nonlocal watching
+        watching = False
+        if vars(optimizer).get("step") is not watched_step:
+            return  # a scheduler has wrapped it
+        del optimizer.step
+        if held is not None:
+            optimizer.step = held  # type: ignore[method-assign]
+
+    optimizer.step = watched_step  # type: ignore[method-assign]
+    return put_back
+
+
+def largest_rates(optimizer: Optimizer) -> tuple[float, float]:
+    """The largest learning rate and the largest weight decay of the parameter groups."""
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    return (
+        max((float(group["lr"]) for group in groups), default=0.0),
+        max((float(group.get("weight_decay", 0.0)) for group in groups), default=0.0),
+    )
+
+
+class ModelOnLines:
+    """A model between the two ends of the update of all its optimizers.
+
+    Args:
+        model: as it is called in training.
+        optimizers: those that were watched.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[ObservedOptimizer]) -> None:
+        self.optimizers = optimizers
+        self._modules = FullyShardedModules(model)
+
+    def move(self, fraction: float) -> None:
+        """Write θ(fraction) to this rank's shards. :meth:`sync` must follow on all ranks."""
+        for optimizer in self.optimizers:
+            optimizer.move(fraction)
+
+    def sync(self) -> None:
+        """Have the next forward pass see the shards of all ranks. Collective."""
+        for optimizer in self.optimizers:
+            optimizer.shards.sync()
+        self._modules.sync()

@@ -1,0 +1,58 @@
+"""Optimizers that step tensors as the model reads them: whole ones, or DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_sharpness.core.update_line import Shard
+from megatron_sharpness.pytorch.shards.dtensor import holds_first_copy, local, local_gradient
+
+
+class Tensors:
+    """The parameters that an optimizer steps on this rank, and how they get to the others.
+
+    They come from the optimizer: a model's own are the gathered ones after an FSDP2 forward pass,
+    and what is written to those is lost.
+
+    Args:
+        optimizer: PyTorch's, or one like it.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def parameters(self) -> list[Tensor]:
+        """Those that train, in the optimizer's order."""
+        return trained(self.optimizer)
+
+    def shards(self) -> list[Shard]:
+        """What this rank holds of them. Read anew at each call: a step may put another tensor in a
+        parameter's place."""
+        return [self._shard(parameter) for parameter in self.parameters()]
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of what :meth:`shards` gives. Collective where they are partial sums."""
+        return [local_gradient(parameter) for parameter in self.parameters()]
+
+    def is_counted(self, parameter: Tensor) -> bool:
+        """Whether, of the equal copies that several ranks hold, this rank's is the one to count."""
+        return holds_first_copy(parameter)
+
+    def sync(self) -> None:
+        """Bring what was written here to the ranks that do not step it. Collective."""
+
+    def _shard(self, parameter: Tensor) -> Shard:
+        held = local(parameter)
+        return Shard(main=held, model=held, counted=self.is_counted(parameter))
+
+
+def trained(optimizer: Any) -> list[Tensor]:
+    """The parameters of its groups that train."""
+    return [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    ]
