@@ -227,10 +227,10 @@ CLAIMS = {
 
 
 def table() -> str:
-    """All claims as a Markdown table, for the README of the project."""
+    """All claims as a Markdown table, for the README of the experiments."""
     lines = ["| claim | measured | holds in | where |", "|---|---|---|---|"]
     for name in CLAIMS:
-        lines += [f"{row} [{name}](experiments/{name}/README.md) |" for row in rows(name)]
+        lines += [f"{row} [{name}]({name}/README.md) |" for row in rows(name)]
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.reference needs hessian-eigenthings ({error}): "
-        "pip install megatron-sharpness[reference]"
+        'pip install ".[reference]" in a clone of megatron_sharpness'
     ) from error
 
 #: Lanczos steps of a first try; each costs a Hessian-vector product, some twelve forward passes.

@@ -1,4 +1,4 @@
-"""The snippets that the pages of ``docs/`` start with run as they stand."""
+"""The snippets that the pages start with run as they stand, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -8,23 +8,61 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import ROOT
 
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "experiments/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 
-def test_the_loop_of_the_pytorch_page_runs_and_writes_curves(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "pytorch.md").read_text()
-    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+
+@pytest.mark.parametrize(("page", "measurements"), [("README.md", 4), ("docs/pytorch.md", 5)])
+def test_the_loop_of_a_page_runs_and_its_records_are_drawn(
+    page: str, measurements: int, tmp_path: Path
+) -> None:
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippet is not None
+    python(tmp_path, "-c", snippet[1])
+    assert list((tmp_path / "runs" / "loop").glob("events.out.tfevents.*"))
+    drawn = python(
+        tmp_path, "-m", "megatron_sharpness.cli", "report", "runs/loop", "--out", "curves.png"
+    )
+    assert f"{measurements} found" in drawn
+    assert (tmp_path / "curves.png").is_file()
+
+
+def python(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", snippet[1]],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("status: found") == 5
-    assert list((tmp_path / "runs" / "loop").glob("events.out.tfevents.*"))
+    return done.stdout
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in PAGES:
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+        for target, heading in links:
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if heading:
+                assert heading in headings(file), f"{page.name}: {target}#{heading}"
+
+
+def headings(page: Path) -> list[str]:
+    """Of a page, as links name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+def test_the_readme_is_a_first_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

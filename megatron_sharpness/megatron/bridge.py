@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.megatron.bridge needs Megatron-Bridge ({error}): run it in NVIDIA's "
-        "NeMo Framework container, or pip install megatron-sharpness[bridge]"
+        'NeMo Framework container, or pip install ".[bridge]" in a clone of megatron_sharpness'
     ) from error
 
 

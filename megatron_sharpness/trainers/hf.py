@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.trainers.hf needs transformers and accelerate ({error}); "
-        "pip install megatron-sharpness[hf]"
+        'pip install ".[hf]" in a clone of megatron_sharpness'
     ) from error
 
 #: Under this name the state lies in ``trainer_state.json``. The callback is no ``ExportableState``:

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.trainers.lightning needs lightning ({error}); "
-        "pip install megatron-sharpness[lightning]"
+        'pip install ".[lightning]" in a clone of megatron_sharpness'
     ) from error
 
 #: Gives the sum of a batch's losses in nats and the number of tokens that it was summed over.

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.trainers.olmo_core needs OLMo-core ({error}); "
-        "pip install megatron-sharpness[olmo-core]"
+        'pip install ".[olmo-core]" in a clone of megatron_sharpness'
     ) from error
 
 log = logging.getLogger(__name__)

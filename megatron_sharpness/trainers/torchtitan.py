@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.trainers.torchtitan needs torchtitan ({error}); "
-        "pip install megatron-sharpness[torchtitan]"
+        'pip install ".[torchtitan]" in a clone of megatron_sharpness'
     ) from error
 
 

@@ -296,7 +296,7 @@ def test_tensorboard_has_megatrons_tags(runs: Callable[[str], Run]) -> None:
 
 def test_a_hugging_face_model_is_trained_and_measured(runs: Callable[[str], Run]) -> None:
     if TRANSFORMERS is None:
-        pytest.skip("transformers is not installed: pip install megatron-sharpness[hf]")
+        pytest.skip('transformers is not installed: pip install ".[hf]"')
     off, on = runs("olmo off"), runs("olmo on")
     assert "Olmo2ForCausalLM of" in on.output
     assert off.training_lines == on.training_lines
@@ -309,7 +309,7 @@ def test_weights_and_tokenizer_of_a_hugging_face_folder_are_used(
     tiny_olmo: Path, tmp_path: Path
 ) -> None:
     if TRANSFORMERS is None:
-        pytest.skip("transformers is not installed: pip install megatron-sharpness[hf]")
+        pytest.skip('transformers is not installed: pip install ".[hf]"')
     arguments = ["pretrained", str(tiny_olmo), str(tmp_path), *TRAINING.split()]
     hub = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     ranks = start_ranks(

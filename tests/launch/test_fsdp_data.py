@@ -27,7 +27,7 @@ NO_DATA = PLAIN.replace(TEXT, "--json-key body")
 def in_a_process(paths: list[str] | None, *arguments: str, **variables: str) -> None:
     """A function of ``fsdp_worker``, with packages of ``paths``."""
     if paths is None:
-        pytest.skip("not installed: pip install megatron-sharpness[hf]")
+        pytest.skip('not installed: pip install ".[hf]"')
     search = os.pathsep.join([str(ROOT), *paths])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.launch.fsdp_worker", *arguments],

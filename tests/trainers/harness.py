@@ -41,7 +41,7 @@ def require(name: str, package: str) -> list[str]:
         found = False
     if not found:
         pytest.skip(
-            f"{package} is not installed: pip install megatron-sharpness[{name}]",
+            f'{package} is not installed: pip install ".[{name}]"',
             allow_module_level=True,
         )
     return []

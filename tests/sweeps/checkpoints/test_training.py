@@ -149,7 +149,7 @@ def test_an_olmo_2_of_the_hugging_face_format(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     if TRANSFORMERS is None:
-        pytest.skip("transformers is not installed: pip install megatron-sharpness[hf]")
+        pytest.skip('transformers is not installed: pip install ".[hf]"')
     made = start_ranks(
         ["-W", "ignore", "-m", "tests.launch.fsdp_worker", "olmo", str(tmp_path)], tmp_path, 1,
         pythonpath=TRANSFORMERS,
