@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.results import ROOT
+from tests.processes import Rendezvous
 
 #: What names the file that rank 0 of a worker writes its results to.
 OUT = "BENCHMARK_OUT"
@@ -35,18 +35,14 @@ def launch(
     Raises:
         RuntimeError: a rank failed; the message ends with its output.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    rendezvous = Rendezvous(processes)
     hidden = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         ranks = []
         for rank in range(processes):
             variables = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+                **rendezvous.environment(rank),
                 "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(ROOT), OUT: str(out),
             }  # fmt: skip
             with Path(folder, f"{rank}.txt").open("wb") as output:

@@ -20,7 +20,7 @@ GPUS_PER_NODE="${GPUS_PER_NODE:-8}"                # without a GPU, processes of
 NODES="${NODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
-MASTER_PORT="${MASTER_PORT:-29500}"
+MASTER_PORT="${MASTER_PORT:-}"                     # 29500 where there are several nodes
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 config=()
@@ -33,10 +33,15 @@ if [[ -n "$CONFIG" ]]; then
 fi
 mapfile -t data < <(xargs -n 1 <<<"$DATA")
 
+meeting=(
+    --nnodes "$NODES" --node-rank "$NODE_RANK"
+    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}"
+)
+[[ "$NODES" == 1 && -z "$MASTER_PORT" ]] && meeting=(--standalone) # at any port that is free
+
 command=(
     "$PYTHON" -m torch.distributed.run
-    --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
-    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+    "${meeting[@]}" --nproc-per-node "$GPUS_PER_NODE"
     launch/fsdp/train.py
     "${config[@]}" "${data[@]}"
     --save "$OUT/checkpoints" --load "$OUT/checkpoints" --tensorboard-dir "$OUT/tensorboard"

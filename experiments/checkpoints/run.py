@@ -39,7 +39,8 @@ def command(folder: Path, beta1: float) -> list[str]:
     if not data.with_suffix(".bin").exists():
         write_dataset(data, python_prose())
     return [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", "2"),
         *("-m", "megatron_sharpness.megatron", str(ROOT / "launch" / "pretrain_gpt.py")),
         *FLAGS.split(),
         *("--adam-beta1", str(beta1)),

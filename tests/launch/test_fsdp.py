@@ -25,7 +25,7 @@ from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.sweeps.runs import REPORT
 from tests.domains import write_domains
 from tests.megatron.harness import other_data
-from tests.processes import ROOT, free_port, start_ranks
+from tests.processes import ROOT, Rendezvous, start_ranks
 from tests.trainers.harness import require
 
 sys.path.insert(0, str(ROOT / "launch"))
@@ -164,7 +164,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         if "resumed" in name:
             source = f"{folder / name.split(',')[0]}/checkpoints"
             argv += ["--load", f"{own}/checkpoints"]
-        cases.append((str(own), str(free_port()), source, argv))
+        cases.append((str(own), source, argv))
     (folder / "cases.json").write_text(json.dumps(cases))
     started = start_ranks(
         ["-m", "tests.launch.fsdp_worker", "train", str(folder / "cases.json")],
@@ -258,10 +258,8 @@ def test_the_number_of_processes_does_not_change_the_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     two = runs("plain")
-    for name, value in {
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "",
-    }.items():  # fmt: skip
+    rendezvous = Rendezvous(1)
+    for name, value in {**rendezvous.environment(0), "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)
     log = ["--critical-sharpness-log", str(tmp_path / "tensorboard/critical_sharpness.jsonl")]
     train.main([*PLAIN.split(), EVERY, "2", *log])
@@ -513,7 +511,7 @@ def test_torchrun_says_once_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(late)
     result = launch(
         "torchrun_fsdp.sh", CONFIG="", GPUS_PER_NODE="2", CUDA_VISIBLE_DEVICES="",
-        MASTER_PORT=str(free_port()), PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
     )  # fmt: skip
     assert result.returncode != 0
     message = "launch/fsdp/train.py: error: the following arguments are required: --seq-length"

@@ -59,8 +59,8 @@ from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron_sharpness.megatron.bridge import CriticalSharpnessCallback  # noqa: E402
 from tests.digest import hash_of  # noqa: E402
 from tests.megatron import canonical  # noqa: E402
-from tests.megatron.harness import free_port  # noqa: E402
 from tests.megatron.observed_pretrain import snapshot  # noqa: E402
+from tests.processes import Rendezvous  # noqa: E402
 
 
 def configuration(
@@ -187,17 +187,14 @@ def train(
 
 def fork(folder: str, processes: int = 1, **case: Any) -> None:
     Path(folder).mkdir(parents=True)
-    port, children = free_port(), []
+    rendezvous, children = Rendezvous(processes), []
     for rank in range(processes):
         if child := os.fork():
             children.append(child)
             continue
         code = 1
         try:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OBSERVED_OUT=folder,
-            )  # fmt: skip
+            os.environ.update(rendezvous.environment(rank), OBSERVED_OUT=folder)
             output = os.open(f"{folder}/output{rank}.txt", os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
             os.dup2(output, 2)

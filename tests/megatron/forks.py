@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from tests.processes import ROOT
+from tests.processes import ROOT, Rendezvous
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.megatron.imported"])
@@ -22,10 +22,18 @@ class Fork:
     """A rank: the part of ``subprocess.Popen`` that its users need."""
 
     def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, output: Path
+        self,
+        rendezvous: Rendezvous,
+        rank: int,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
     ) -> None:
+        self.rendezvous = rendezvous
+        variables = {**rendezvous.environment(rank), **environment}
+        output = folder / f"output{rank}.txt"
         self.process: ForkServerProcess = CONTEXT.Process(
-            target=_run, args=(list(arguments), dict(environment), str(folder), str(output))
+            target=_run, args=(list(arguments), variables, str(folder), str(output))
         )
         self.process.start()
         self.kill = self.process.kill

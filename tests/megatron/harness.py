@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.megatron.forks import Fork
-from tests.processes import ROOT, free_port, rank_environment, start_ranks
+from tests.processes import ROOT, Rendezvous, start_ranks
 
-__all__ = ["MODEL", "OBSERVED", "ROOT", "Run", "finish", "free_port", "run", "start"]
+__all__ = ["MODEL", "OBSERVED", "ROOT", "Run", "finish", "run", "start"]
 
 #: A process that trains.
 Rank = subprocess.Popen[bytes] | Fork
@@ -119,9 +119,9 @@ def start(
     environment = {"OBSERVED_OUT": str(folder), **(environment or {})}
     if module is not None and pythonpath is None:
         folder.mkdir(parents=True, exist_ok=True)
+        rendezvous = Rendezvous(processes)
         return [
-            Fork(command, {**variables, **environment}, folder, folder / f"output{rank}.txt")
-            for rank, variables in enumerate(rank_environment(processes))
+            Fork(rendezvous, rank, command, environment, folder) for rank in range(processes)
         ]
     command = [*(["-m", module] if module else []), *command]
     return start_ranks(
