@@ -76,7 +76,7 @@ def read_indexed(prefix: str, shown: str) -> tuple[Sequence[Any], npt.NDArray[An
             f"{shown}: {prefix}.idx cannot be read ({error}); write both files anew "
             "(megatron-sharpness tokenize, or Megatron's preprocess_data.py)"
         ) from error
-    return dataset, np.asarray(dataset.sequence_lengths)
+    return dataset, np.array(dataset.sequence_lengths)  # a copy: its own is unmapped with it
 
 
 @contextlib.contextmanager
