@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.data import tokenize
@@ -32,7 +34,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 for input that cannot be used, or one that
     the command itself explains."""
-    parser = argparse.ArgumentParser(prog="megatron-sharpness", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="megatron-sharpness", description="The commands beside training itself."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=summary, description=summary + "."))
@@ -42,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"megatron-sharpness {arguments.command}: error: {error}", file=sys.stderr)
         return 1
+
+
+def version() -> str:
+    """The version that is installed; a source tree that is not installed has none."""
+    try:
+        return installed_version("megatron-sharpness")
+    except PackageNotFoundError:
+        return "of a source tree that is not installed (pip install -e .)"
 
 
 if __name__ == "__main__":

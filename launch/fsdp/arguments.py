@@ -69,15 +69,31 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_arguments(parser)
 
     group = parser.add_argument_group("training")
-    for flag in ("--seq-length", "--micro-batch-size", "--train-iters"):
+    for flag in ("--seq-length", "--micro-batch-size"):
         group.add_argument(flag, type=int, required=True, metavar="N")
+    group.add_argument(
+        "--train-iters",
+        type=int,
+        required=True,
+        metavar="N",
+        help="iterations in all, those before a --load too; without --lr-decay-iters the schedule "
+        "of the learning rate is as long, so that going on with a larger N raises a rate that has "
+        "decayed",
+    )
     group.add_argument("--global-batch-size", type=int, metavar="N")
     group.add_argument("--optimizer", choices=["adam"], default="adam", help="AdamW")
     group.add_argument("--exit-interval", type=int, metavar="N", help="end where N divides")
     group.add_argument("--lr", type=float, required=True)
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--lr-warmup-iters", type=int, default=0, metavar="N")
-    group.add_argument("--lr-decay-iters", type=int, metavar="N", help="default: --train-iters")
+    group.add_argument(
+        "--lr-decay-iters",
+        type=int,
+        metavar="N",
+        help="length of the schedule of the learning rate, its warmup included (default: "
+        "--train-iters); to go on with a larger --train-iters by the same schedule, give the N "
+        "that it had",
+    )
     group.add_argument(
         "--lr-decay-style", choices=["constant", "linear", "cosine", "WSD"], default="linear"
     )

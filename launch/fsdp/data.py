@@ -249,8 +249,9 @@ class Samples:
         self.count = len(self.windows)
         if self.count < 1:
             raise InputError(
-                f"--seq-length {length}: the data has {self.windows.tokens} tokens, less than one "
-                "sample; give more text or a shorter sequence"
+                f"--seq-length {length}: a sample takes {length + 1} tokens, and the data has "
+                f"{self.windows.tokens}, the ends of documents counted; give more text or a "
+                "shorter sequence"
             )
         self._order = functools.lru_cache(maxsize=1)(self._shuffled)
 

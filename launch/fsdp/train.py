@@ -70,6 +70,27 @@ def learning_rate(args: argparse.Namespace, iteration: int) -> float:
     return float(args.min_lr + part * (args.lr - args.min_lr))
 
 
+def changed_schedule(args: argparse.Namespace, progress: dict[str, Any]) -> str | None:
+    """What to say where the flags lead to another learning rate than the checkpoint's schedule."""
+    saved, ended = progress.get("schedule"), progress["iteration"]
+    if saved is None or ended >= args.train_iters:
+        return None
+    theirs = argparse.Namespace(**saved)
+    rate = learning_rate(args, ended + 1)
+    if rate == learning_rate(theirs, ended + 1):
+        return None
+    flags = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in saved.items()
+        if value is not None and value != getattr(args, name)
+    ]
+    return (
+        f"  learning rate of iteration {ended + 1}: {rate:.6E} by these flags; iteration {ended} "
+        f"had {learning_rate(theirs, ended):.6E}. To go on with the checkpoint's schedule give "
+        f"{' '.join(flags)}, or --use-checkpoint-opt_param-scheduler"
+    )
+
+
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW; biases and the scales of normalizations are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -212,6 +233,8 @@ def train(
     optimizer = build_optimizer(args, model)
     torch.manual_seed(args.seed + 1 + args.rank)  # dropout differs between ranks
     progress = load_checkpoint(args, model, optimizer)
+    if line := changed_schedule(args, progress):
+        say(args, line)
     writer = None
     if args.tensorboard_dir and args.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -236,6 +259,8 @@ def train(
         frozen = FrozenRun(lambda: [*trained, *model.buffers()])
 
     last = iteration >= args.train_iters
+    if last:
+        say(args, f"  nothing to train: --train-iters {args.train_iters}, and that is reached")
     while not last:
         iteration += 1
         lr = learning_rate(args, iteration)

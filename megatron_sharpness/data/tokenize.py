@@ -9,17 +9,18 @@ file, by the same flags in every supported version::
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import sysconfig
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.data.windows import quiet
 
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
@@ -119,13 +120,11 @@ def write_dataset(prefix: Path, documents: Iterable[bytes]) -> tuple[int, int]:
         InputError: there is no text, the place cannot be written, or megatron-core is missing.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what an installation without a GPU lacks
+        with quiet():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     except ModuleNotFoundError as error:
         raise InputError(
-            f"Megatron's dataset format needs megatron-core ({error}); "
-            "pip install megatron-core"
+            f"Megatron's dataset format needs megatron-core ({error}); pip install megatron-core"
         ) from error
     import numpy as np
     import torch
@@ -161,46 +160,62 @@ def documents_of(arguments: argparse.Namespace) -> Iterator[bytes]:
     """The text of all documents that the flags name, in the order of :func:`run`.
 
     Raises:
-        InputError: no source is named, or a file is missing.
+        InputError: no source is named, a file is missing, or there is no text in any.
     """
-    if not (arguments.python_docs or arguments.text or arguments.jsonl):
+    files = [("--text", path) for path in arguments.text]
+    files += [("--jsonl", path) for path in arguments.jsonl]
+    if not (arguments.python_docs or files):
         raise InputError("nothing to tokenize: give --python-docs, --text or --jsonl")
-    for path in (*arguments.text, *arguments.jsonl):  # before hours of work on the others
+    for flag, path in files:  # before hours of work on the others
         if not path.is_file():
-            raise InputError(f"{path}: no such file")
-    return _read(arguments)
+            reason = "it is a folder" if path.is_dir() else "no such file"
+            raise InputError(f"{flag} {path}: {reason}; give a file of text")
+    documents = _read(arguments)
+    blank: list[bytes] = []
+    for document in documents:
+        if document and not document.isspace():
+            return itertools.chain([*blank, document], documents)
+        blank.append(document)
+    shown = ", ".join(f"{flag} {path}" for flag, path in files)
+    reason = "empty but for white space" if any(blank) else "empty"
+    raise InputError(f"{shown or '--python-docs'}: {reason}; give a file that has text")
 
 
 def _read(arguments: argparse.Namespace) -> Iterator[bytes]:
     for domain in arguments.python_docs:
         yield from python_prose() if domain == "prose" else python_code()
     for path in arguments.text:
-        with _open(path) as file:
+        with _open("--text", path) as file:
             yield file.read()
     for path in arguments.jsonl:
         yield from _json_texts(path, arguments.json_key)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(flag: str, path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(
+            f"{flag} {path}: cannot be read ({error.strerror}); give a file that can"
+        ) from error
 
 
 def _json_texts(path: Path, key: str) -> Iterator[bytes]:
-    with _open(path) as file:
+    with _open("--jsonl", path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+                raise InputError(
+                    f"--jsonl {path}, line {number}: not JSON ({error}); write one object a line, "
+                    "or give the file by --text"
+                ) from error
             text = record.get(key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise InputError(
-                    f"{path}, line {number}: no text under the key {key!r}; "
+                    f"--jsonl {path}, line {number}: no text under the key {key!r}; "
                     "name the right one with --json-key"
                 )
             yield text.encode(errors="replace")

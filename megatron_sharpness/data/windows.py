@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,7 @@ def read_indexed(prefix: str, shown: str) -> tuple[Sequence[Any], npt.NDArray[An
         InputError: megatron-core is missing, or the files are not in its format.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what an installation without a GPU lacks
+        with quiet():
             from megatron.core.datasets.indexed_dataset import IndexedDataset
     except ModuleNotFoundError as error:
         raise InputError(
@@ -68,10 +69,24 @@ def read_indexed(prefix: str, shown: str) -> tuple[Sequence[Any], npt.NDArray[An
             "pip install megatron-core, or give JSON lines"
         ) from error
     try:
-        dataset = IndexedDataset(prefix)
+        with quiet():
+            dataset = IndexedDataset(prefix)
     except (AssertionError, OSError, ValueError, struct.error) as error:
         raise InputError(
             f"{shown}: {prefix}.idx cannot be read ({error}); write both files anew "
             "(megatron-sharpness tokenize, or Megatron's preprocess_data.py)"
         ) from error
-    return dataset, np.asarray(dataset.sequence_lengths)
+    return dataset, np.array(dataset.sequence_lengths)  # a copy: its own is unmapped with it
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that Megatron and torch warn of is said: no GPU and no ranks are needed for files."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import TRAIN
+from megatron_sharpness.report.events import read_tensorboard, read_tensorboard_beside
 from megatron_sharpness.report.records import (
+    Logged,
     Run,
     read_batches,
     read_records,
-    read_tensorboard,
-    read_tensorboard_beside,
     read_training_log,
     records_file,
     run_name,
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         help="JSON lines of a run, or its folder with critical_sharpness.jsonl, there or in its "
-        "folder tensorboard; loss and learning rate of every iteration are read from event files "
-        "beside it",
+        "folder tensorboard; of a folder, loss and learning rate of every iteration are read from "
+        "TensorBoard event files beside it",
     )
     parser.add_argument(
         "--out",
@@ -48,15 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensorboard-dir",
         type=Path,
         metavar="DIR",
-        help="one run: draw loss and learning rate at every logged iteration, from Megatron's "
-        "TensorBoard",
+        help="one run: draw loss and learning rate at every logged iteration, from these "
+        "TensorBoard event files: Megatron's tags, or such as train/loss, Loss/train, lr, "
+        "train/learning_rate",
     )
     every_iteration.add_argument(
         "--train-log",
         type=Path,
         metavar="FILE",
-        help="one run: draw loss and learning rate at every logged iteration, from Megatron's "
-        "output",
+        help="one run: draw loss and learning rate at every logged iteration, from what Megatron "
+        "or launch/fsdp/train.py printed",
     )
     parser.add_argument(
         "--last",
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         if len(runs) > 1:
             print(each.name)
         print(format_table(each.records[-arguments.last :]))
-        print(f"{format_status(each)}\n")
+        print("\n".join([format_status(each), *each.logged.notes, ""]))
     for path in arguments.out:
         print(path)
 
@@ -124,16 +125,14 @@ def _read_runs(arguments: argparse.Namespace) -> list[Run]:
             raise InputError(f"RUN {name}: given {names.count(name)} times; give each run once")
     runs = []
     for name, path in zip(names, arguments.runs, strict=True):
-        file, logged = records_file(path), None
+        file, logged = records_file(path), Logged()
         others = read_batches(file)
         records = others.pop(TRAIN)
-        if not arguments.out:
-            pass  # nothing is drawn, and large event files take their time
-        elif arguments.tensorboard_dir is not None:
+        if arguments.tensorboard_dir is not None:
             logged = read_tensorboard(arguments.tensorboard_dir)
         elif arguments.train_log is not None:
             logged = read_training_log(arguments.train_log)
-        elif path.is_dir():
+        elif path.is_dir() and arguments.out:  # else nothing is drawn, and they may be large
             logged = read_tensorboard_beside(file)
         runs.append(Run(name, records, logged, others))
     return runs

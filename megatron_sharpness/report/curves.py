@@ -187,7 +187,7 @@ def _curves_of(run: Run, number: int, several: bool) -> list[dict[str, Any]]:
     own = run_color(number)
     blue, vermilion, green = (own, own, own) if several else (BLUE, VERMILION, GREEN)
     edge_dash, twin_dash = (DASHED, DOTTED) if several else ("solid", DASHED)
-    iteration, training = run.column("iteration"), run.training
+    iteration, lr, loss = run.column("iteration"), run.curve("lr"), run.curve("loss")
     points: dict[str, Any] = {
         "mode": "lines+markers",
         "marker": {"size": 5 if len(iteration) <= DOTTED_UP_TO else 3},
@@ -223,9 +223,9 @@ def _curves_of(run: Run, number: int, several: bool) -> list[dict[str, Any]]:
         curve(SHARPNESS, iteration, twin, vermilion, twin_style, TWIN_NAME),
         curve(SHARPNESS, iteration, edge, vermilion, edge_style, EDGE_NAME),
         curve(SHARPNESS, iteration, sharpness, blue, points, SHARPNESS_NAME),
-        curve(RATE, training.iteration, training.lr, vermilion, logged, "η"),
+        curve(RATE, lr.iteration, lr.values, vermilion, logged, "η"),
         curve(RATIO, iteration, run.column("lr_over_critical"), blue, points),
-        curve(LOSS, training.iteration, training.loss, green, logged),
+        curve(LOSS, loss.iteration, loss.values, green, logged),
         curve(EVALUATIONS, iteration, run.column("evaluations"), blue, points),
         curve(SECONDS, iteration, run.column("seconds"), blue, points),
     ]

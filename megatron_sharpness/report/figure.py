@@ -109,7 +109,7 @@ def _draw_run(figure: Any, run: Run) -> None:
 
 
 def _draw_panels(sharpness: Any, rate: Any, loss: Any, run: Run) -> None:
-    iteration, training = run.column("iteration"), run.training
+    iteration = run.column("iteration")
     dots = {"marker": "o"} if len(iteration) <= DOTTED_UP_TO else {}
 
     sharpness.set_title("Critical sharpness")
@@ -135,11 +135,12 @@ def _draw_panels(sharpness: Any, rate: Any, loss: Any, run: Run) -> None:
     rate.fill_between(iteration, lower, upper, color=BLUE, alpha=0.25, linewidth=0)
     critical_lr = run.column("critical_lr")
     _curve(rate, iteration, critical_lr, "$\\eta_c$ and its bracket", color=BLUE, **dots)
-    _curve(rate, training.iteration, training.lr, "learning rate $\\eta$", color=VERMILION)
+    lr, logged_loss = run.curve("lr"), run.curve("loss")
+    _curve(rate, lr.iteration, lr.values, "learning rate $\\eta$", color=VERMILION)
 
     loss.set_title("Loss")
     loss.set_xlabel("iteration")
-    _curve(loss, training.iteration, training.loss, r"$L(\theta)$", color=GREEN)
+    _curve(loss, logged_loss.iteration, logged_loss.values, r"$L(\theta)$", color=GREEN)
 
 
 def _draw_others(axes: Any, run: Run) -> None:
@@ -218,7 +219,7 @@ def _draw_overlay(figure: Any, runs: list[Run]) -> None:
 
     panels["ratio"].axhline(1, color=MUTED, linewidth=1.2)
     for number, (run, color) in enumerate(zip(runs, colors, strict=True)):
-        iteration, training = run.column("iteration"), run.training
+        iteration = run.column("iteration")
         dots = {"marker": "o"} if len(iteration) <= DOTTED_UP_TO else {}
         for field, dash in dashes.items():
             _curve(
@@ -237,8 +238,8 @@ def _draw_overlay(figure: Any, runs: list[Run]) -> None:
             ("seconds", "seconds"),
         ):
             _curve(panels[name], iteration, run.column(field), run.name, color=color, **dots)
-        for name, values in (("rate", training.lr), ("loss", training.loss)):
-            _curve(panels[name], training.iteration, values, run.name, color=color)
+        for name, logged in (("rate", run.curve("lr")), ("loss", run.curve("loss"))):
+            _curve(panels[name], logged.iteration, logged.values, run.name, color=color)
         _mark_missed(panels["sharpness"], run.records, color, height=0.035 * number)
     _name_missed(panels["sharpness"], [record for run in runs for record in run.records])
     for name in ("evaluations", "seconds"):

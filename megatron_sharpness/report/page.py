@@ -110,10 +110,11 @@ def _median(run: Run, field: str) -> str:
 
 
 def _notes(runs: list[Run]) -> str:
-    sparse = ", ".join(escape(run.name) for run in runs if run.logged is None)
-    if not sparse:
-        return ""
-    return f"Loss and learning rate of {sparse} are known at the measurements only."
+    notes = []
+    for field, name in (("loss", "loss"), ("lr", "learning rate")):
+        if sparse := [escape(run.name) for run in runs if field not in run.logged.curves]:
+            notes.append(f"The {name} of {', '.join(sparse)} is known at the measurements only.")
+    return " ".join(notes)
 
 
 _PAGE = """<!DOCTYPE html>

@@ -1,4 +1,4 @@
-"""Reading what a run has written: our JSON lines and Megatron's own logs."""
+"""Reading what a run has written: our JSON lines, and what Megatron prints."""
 
 from __future__ import annotations
 
@@ -20,17 +20,33 @@ Record = dict[str, Any]  # one measurement, by the names of measurement.py
 Array = NDArray[np.float64]
 
 LOG_NAME = "critical_sharpness.jsonl"
-EVENT_FILES = "events.out.tfevents.*"
-LOSS_TAG, LR_TAG = "lm loss", "learning-rate"
+#: Where the measurements of a run are, for who names another place.
+WHERE = (
+    f"give the file of JSON lines, or the folder that holds it as {LOG_NAME}: what "
+    "--critical-sharpness-log or --tensorboard-dir named in training, or in Python a "
+    f'JsonLinesSink("FOLDER/{LOG_NAME}") in sinks='
+)
 
 
 @dataclass(frozen=True)
-class TrainingCurves:
-    """Loss and learning rate as Megatron logged them, one value a logged iteration."""
+class Curve:
+    """Values, and the iterations that they are of, ascending."""
 
     iteration: Array
-    loss: Array
-    lr: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What training itself has logged.
+
+    Attributes:
+        curves: the loss, ``loss``, and the learning rate, ``lr``, as far as they are there.
+        notes: what to tell of where they come from.
+    """
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,15 +62,13 @@ class Run:
 
     name: str
     records: list[Record]
-    logged: TrainingCurves | None = None
+    logged: Logged = field(default_factory=Logged)
     others: dict[str, list[Record]] = field(default_factory=dict)
 
-    @cached_property
-    def training(self) -> TrainingCurves:
-        """Loss and learning rate as densely as they are known: at the measurements, if no more."""
-        return self.logged or TrainingCurves(
-            self.column("iteration"), self.column("loss"), self.column("lr")
-        )
+    def curve(self, name: str) -> Curve:
+        """``loss`` or ``lr`` as densely as it is known: at the measurements, if no more."""
+        at_measurements = Curve(self.column("iteration"), self.column(name))
+        return self.logged.curves.get(name, at_measurements)
 
     @cached_property
     def statuses(self) -> dict[str, int]:
@@ -77,16 +91,17 @@ def records_file(run: Path) -> Path:
     """The JSON lines of ``run``: the file itself, or in that folder or its folder tensorboard.
 
     Raises:
-        InputError: a folder that has none.
+        InputError: it is not there, or a folder that has none.
     """
+    if not run.exists():
+        raise InputError(f"RUN {run}: no such file or folder; {WHERE}")
     if not run.is_dir():
         return run
     for folder in (run, run / "tensorboard"):
         if (folder / LOG_NAME).is_file():
             return folder / LOG_NAME
     raise InputError(
-        f"RUN {run}: no {LOG_NAME} in this folder or in its folder tensorboard; give the folder "
-        "of --tensorboard-dir, or the file of JSON lines itself"
+        f"RUN {run}: no {LOG_NAME} in this folder or in its folder tensorboard; {WHERE}"
     )
 
 
@@ -112,7 +127,7 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
         InputError: no such file, a line that is no record, or no measurement at all.
     """
     found: dict[str, dict[int, Record]] = {TRAIN: {}}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path, f"RUN {path}").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -123,13 +138,13 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
             of_batch[int(record["iteration"])] = record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}, line {number}: not a measurement ({error!r}); a line cut short by a "
-                "killed run can be deleted"
+                f"RUN {path}, line {number}: not a measurement ({error!r}); delete the line if a "
+                f"killed run cut it short, or {WHERE}"
             ) from error
     if not found[TRAIN]:
         raise InputError(
-            f"{path}: holds no measurement; was --measure-critical-sharpness-every "
-            "larger than the number of iterations?"
+            f"RUN {path}: holds no measurement; train for more iterations, or measure more often: "
+            "--measure-critical-sharpness-every, or every= in Python"
         )
     return {
         batch: [records[iteration] for iteration in sorted(records)]
@@ -142,72 +157,33 @@ _LOG_LINE = re.compile(
 )
 
 
-def read_training_log(path: Path) -> TrainingCurves:
-    """Loss and learning rate from the lines that Megatron prints.
+def read_training_log(path: Path) -> Logged:
+    """Loss and learning rate from the lines that Megatron and ``launch/fsdp/train.py`` print.
 
     Raises:
         InputError: no such file, or none of its lines reports an iteration.
     """
     rows = {
         int(match["iteration"]): (float(match["loss"]), float(match["lr"]))
-        for match in map(_LOG_LINE.search, _read_text(path).splitlines())
+        for match in map(_LOG_LINE.search, _read_text(path, f"--train-log {path}").splitlines())
         if match
     }
     if not rows:
-        raise InputError(f"--train-log {path}: no line of it reports an iteration and its lm loss")
+        raise InputError(
+            f"--train-log {path}: no line of it reports an iteration and its lm loss, as Megatron "
+            "and launch/fsdp/train.py print them; give their output, or of other training the "
+            "event files by --tensorboard-dir"
+        )
     iterations = sorted(rows)
     loss, lr = zip(*(rows[iteration] for iteration in iterations), strict=True)
-    return TrainingCurves(np.array(iterations, float), np.array(loss), np.array(lr))
+    at = np.array(iterations, dtype=float)
+    return Logged({"loss": Curve(at, np.array(loss)), "lr": Curve(at, np.array(lr))})
 
 
-def read_tensorboard(folder: Path) -> TrainingCurves:
-    """Loss and learning rate from the event files that Megatron writes.
-
-    Raises:
-        InputError: no event file with both, or tensorboard is missing.
-    """
-    curves = _scan_tensorboard(folder)
-    if curves is None:
-        raise InputError(
-            f"--tensorboard-dir {folder}: no event file in it has Megatron's {LOSS_TAG} and "
-            f"{LR_TAG}; leave the flag away to draw both at the measurements"
-        )
-    return curves
-
-
-def read_tensorboard_beside(file: Path) -> TrainingCurves | None:
-    """The same from event files in the folder of ``file``; ``None`` where they have no such tags.
-
-    Raises:
-        InputError: there are event files, and tensorboard is missing.
-    """
-    return _scan_tensorboard(file.parent) if any(file.parent.glob(EVENT_FILES)) else None
-
-
-def _scan_tensorboard(folder: Path) -> TrainingCurves | None:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"reading the event files in {folder} needs tensorboard ({error}); "
-            "pip install tensorboard"
-        ) from error
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    if not {LOSS_TAG, LR_TAG} <= set(events.Tags()["scalars"]):
-        return None
-    loss = {event.step: event.value for event in events.Scalars(LOSS_TAG)}
-    lr = {event.step: event.value for event in events.Scalars(LR_TAG)}
-    iterations = sorted(loss.keys() & lr.keys())
-    return TrainingCurves(
-        np.array(iterations, float),
-        np.array([loss[iteration] for iteration in iterations]),
-        np.array([lr[iteration] for iteration in iterations]),
-    )
-
-
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, shown: str) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(
+            f"{shown}: cannot be read ({error.strerror}); give a file that can"
+        ) from error

@@ -47,7 +47,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sharpness.report.records import Array, Run, TrainingCurves
+from megatron_sharpness.report.records import Array, Curve, Run
 
 EARLY_REDUCTION = "early reduction"
 PROGRESSIVE_SHARPENING = "progressive sharpening"
@@ -152,7 +152,7 @@ def stages_of(run: Run) -> Stages:
         run.column("critical_sharpness"),
         run.column("edge_of_stability"),
         [record["status"] for record in run.records],
-        run.training,
+        run.curve("loss"),
     )
 
 
@@ -169,7 +169,7 @@ def find_stages(
     sharpness: Array,
     edge: Array,
     status: Sequence[str],
-    training: TrainingCurves | None = None,
+    loss: Curve | None = None,
 ) -> Stages:
     """Find the stages and catapult events of one run by the rules above.
 
@@ -178,7 +178,7 @@ def find_stages(
         sharpness: λ_c at each.
         edge: 2/η − γ at each.
         status: how each measurement ended; those without a number are not used.
-        training: the loss, as densely as it is known; catapult events quote it.
+        loss: as densely as it is known; catapult events quote it.
     """
     used = np.isin(status, ["found"]) & (sharpness > 0) & (edge > 0) & np.isfinite(sharpness)
     if used.sum() < LEAST:
@@ -213,7 +213,7 @@ def find_stages(
         Stage(str(names[first]), int(iteration[first]), int(iteration[end - 1]))
         for first, end in pairwise(starts)
     )
-    return Stages(stages, _catapults(iteration, log_sharpness, log_ratio, scatter, training))
+    return Stages(stages, _catapults(iteration, log_sharpness, log_ratio, scatter, loss))
 
 
 def _three_digits(value: float) -> str:
@@ -279,7 +279,7 @@ def _catapults(
     log_sharpness: Array,
     log_ratio: Array,
     scatter: float,
-    training: TrainingCurves | None,
+    loss: Curve | None,
 ) -> tuple[Catapult, ...]:
     clearly_above = log_ratio >= max(np.log(CATAPULT), CATAPULT_SCATTERS * scatter)
     events: list[Catapult] = []
@@ -299,9 +299,9 @@ def _catapults(
             )
         if fell:
             loss_ratio = None
-            if training is not None:
+            if loss is not None:
                 before = iteration[max(0, first - WINDOW)]
-                loss_ratio = _loss_ratio(training, before, iteration[first], iteration[last])
+                loss_ratio = _loss_ratio(loss, before, iteration[first], iteration[last])
             events.append(
                 Catapult(
                     first=int(iteration[first]),
@@ -315,9 +315,9 @@ def _catapults(
     return tuple(events)
 
 
-def _loss_ratio(training: TrainingCurves, before: float, first: float, last: float) -> float | None:
+def _loss_ratio(curve: Curve, before: float, first: float, last: float) -> float | None:
     """Highest loss from ``first`` to ``last`` over the median loss from ``before`` to ``first``."""
-    iteration, loss = training.iteration, training.loss
+    iteration, loss = curve.iteration, curve.values
     reference = loss[(iteration >= before) & (iteration < first) & np.isfinite(loss)]
     event = loss[(iteration >= first) & (iteration <= last) & np.isfinite(loss)]
     if not len(reference) or not len(event) or np.median(reference) <= 0:

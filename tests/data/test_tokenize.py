@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from megatron_sharpness.data.tokenize import (
     python_prose,
     write_dataset,
 )
+from tests.processes import ROOT
 
 
 def read(prefix: Path) -> list[bytes]:
@@ -64,11 +68,10 @@ def test_python_code_holds_modules_but_no_tests() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "fine"}\n{"text": ', r"b\.jsonl, line 2: not JSON"),
+        ('{"text": "fine"}\n{"text": ', r"--jsonl \S+b\.jsonl, line 2: not JSON .*--text"),
         ('{"body": "x"}\n', r"b\.jsonl, line 1: no text under the key 'text'.*--json-key"),
         ('{"text": 3}\n', "line 1: no text"),
         ('["x"]\n', "line 1: no text"),
-        ("\n\n", "every source given is empty"),
     ],
 )
 def test_jsonl_that_cannot_be_used_is_refused_and_nothing_is_left(
@@ -89,7 +92,8 @@ def test_jsonl_that_cannot_be_used_is_refused_and_nothing_is_left(
     ("arguments", "message"),
     [
         ([], "nothing to tokenize: give --python-docs, --text or --jsonl"),
-        (["--text", "no/such.txt"], "no/such.txt: no such file"),
+        (["--text", "no/such.txt"], "--text no/such.txt: no such file; give a file of text"),
+        (["--jsonl", str(ROOT)], f"--jsonl {ROOT}: it is a folder; give a file of text"),
         (["--python-docs", "prose", "--max-bytes", "0"], "--max-bytes 0: must be at least 1"),
     ],
 )
@@ -98,6 +102,54 @@ def test_arguments_that_cannot_be_used_are_refused(
 ) -> None:
     assert tokenize(tmp_path / "out", *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "reason"),
+    [
+        ("--text", "", "empty"),
+        ("--text", " \n\t\n", "empty but for white space"),
+        ("--jsonl", "\n\n", "empty"),
+        ("--jsonl", '{"text": ""}\n{"text": "\\n"}\n', "empty but for white space"),
+    ],
+)
+def test_what_is_empty_is_refused_before_megatron_is_imported(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    content: str,
+    reason: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    (tmp_path / "file").write_text(content)
+    assert tokenize(tmp_path / "out", flag, tmp_path / "file") == 1
+    error = capsys.readouterr().err
+    assert f"{flag} {tmp_path / 'file'}: {reason}; give a file that has text" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_but_its_own_lines_is_written_or_read_with(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    text, empty = tmp_path / "text.txt", tmp_path / "empty.txt"
+    text.write_text("\na text")
+    empty.touch()
+    code = (
+        "import sys; from megatron_sharpness import cli; "
+        "from megatron_sharpness.data.windows import read_indexed; "
+        "assert cli.main(['tokenize', *sys.argv[1:]]) == 0; "
+        "print(read_indexed(sys.argv[1], '')[1].tolist())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}  # torch warns of both
+    for name in ("RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out"), "--text", str(empty), str(text)],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "[8]"
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         "on, resumed frozen": f"{RUN} {EVERY} 2 {others} --finetune --critical-sharpness-frozen 2",
         "off, resumed on": f"{RUN} {EVERY} 2",
         "on, resumed off": RUN,
+        "off, resumed longer": f"{RUN} --train-iters 8 --exit-interval 4",
+        "off, resumed at its end": f"{RUN} --train-iters 3",
         "plain": f"{PLAIN} {EVERY} 2",
         "offloaded": f"{PLAIN} {EVERY} 2 --fsdp-cpu-offload",
     }
@@ -232,6 +234,43 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         assert rest.all_records == whole.all_records[2:]  # the warm starts of both searches too
     elif resumed == "off, resumed on":  # its search starts cold
         assert [record["status"] for record in rest.records] == ["found"] * 2
+
+
+def test_a_resumed_run_says_where_its_schedule_is_not_the_checkpoints(
+    runs: Callable[[str], Run],
+) -> None:
+    whole, longer = runs("off"), runs("off, resumed longer")
+    before, after = (
+        re.findall(r"learning rate: (\S+)", line)[0]
+        for line in (whole.training_lines[2], longer.training_lines[0])
+    )
+    assert (
+        f"learning rate of iteration 4: {after} by these flags; iteration 3 had {before}. To go on "
+        "with the checkpoint's schedule give --lr-decay-iters 6, or "
+        "--use-checkpoint-opt_param-scheduler\n"
+    ) in longer.output
+    assert "by these flags" not in runs("on, resumed").output
+
+
+def test_a_run_that_is_at_its_end_says_so(runs: Callable[[str], Run]) -> None:
+    ended = runs("off, resumed at its end")
+    assert "nothing to train: --train-iters 3, and that is reached" in ended.output
+    assert ended.training_lines == []
+
+
+@pytest.mark.parametrize("flags", ["--lr-decay-iters 6", "--use-checkpoint-opt_param-scheduler"])
+def test_the_flags_that_are_named_keep_the_schedule(
+    flags: str, runs: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = runs("off").folder / "checkpoints/iter_0000003/progress.json"
+    progress = json.loads(saved.read_text())
+    longer = f"{RUN} --train-iters 8 --lr 5e-3"
+    said = train.changed_schedule(parse(monkeypatch, longer), progress)
+    assert said is not None and "give --lr 0.01 --lr-decay-iters 6, or" in said
+    args = parse(monkeypatch, f"{RUN} --train-iters 8 {flags}")
+    if args.use_checkpoint_opt_param_scheduler:
+        vars(args).update(progress["schedule"])
+    assert train.changed_schedule(args, progress) is None
 
 
 def test_a_mix_follows_the_measurements_also_when_resumed(runs: Callable[[str], Run]) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from megatron_sharpness import cli
 from megatron_sharpness.report.curves import _hover
-from megatron_sharpness.report.records import Run, read_records
+from megatron_sharpness.report.page import _notes
+from megatron_sharpness.report.records import Curve, Logged, Run, read_records
 from megatron_sharpness.report.stages import NOISE_RULE, RULES
 from tests.processes import ROOT
 
@@ -223,6 +224,16 @@ def test_pointing_at_a_measurement_tells_all_of_it() -> None:
         assert text in told
     failed = record(20, "failed", reason=EVIL_REASON)
     assert "RuntimeError: &lt;/script&gt;" in _hover(Run("run", [failed]), failed)
+
+
+def test_what_is_known_at_the_measurements_only_is_said() -> None:
+    curve = Curve(np.arange(3.0), np.arange(3.0))
+    runs = [Run("a&b", [record(10)], Logged({"loss": curve})), Run("c", [record(10)])]
+    assert _notes(runs) == (
+        "The loss of c is known at the measurements only. "
+        "The learning rate of a&amp;b, c is known at the measurements only."
+    )
+    assert _notes([Run("d", [record(10)], Logged({"loss": curve, "lr": curve}))]) == ""
 
 
 def test_a_page_that_cannot_be_written_is_refused(

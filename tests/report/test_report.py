@@ -18,13 +18,8 @@ from megatron_sharpness import cli
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import MISSED, STATUSES
 from megatron_sharpness.report.command import format_table, read_records
-from megatron_sharpness.report.records import (
-    Run,
-    column,
-    read_batches,
-    read_tensorboard,
-    read_training_log,
-)
+from megatron_sharpness.report.events import QUANTITIES, read_tensorboard
+from megatron_sharpness.report.records import Run, column, read_batches, read_training_log
 from tests.processes import ROOT
 
 
@@ -79,7 +74,7 @@ def test_other_data_is_read_beside_and_drawn_capped_where_it_rises_at_once(tmp_p
     others = {"code": batches["code"]}
     axes = Figure().subplots()
     axes.set_yscale("log")
-    _draw_others(axes, Run("run", batches["train"], None, others))
+    _draw_others(axes, Run("run", batches["train"], others=others))
     (triangle,) = (line for line in axes.get_lines() if line.get_marker() == "^")
     assert triangle.get_xydata().tolist() == [[20.0, 2000.0]]  # twice the largest of all
 
@@ -91,7 +86,7 @@ def test_other_data_is_read_beside_and_drawn_capped_where_it_rises_at_once(tmp_p
         ('{"iteration": 10, "status": "fine"}\n', "line 1: not a measurement .*status 'fine'"),
         ("[1]\n", "line 1: not a measurement"),
         ('{"lr": 1}\n', "line 1: not a measurement"),
-        ("\n", "holds no measurement"),
+        ("\n", "holds no measurement; .*--measure-critical-sharpness-every, or every= in Python"),
     ],
 )
 def test_lines_that_are_no_records_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -103,7 +98,8 @@ def test_lines_that_are_no_records_are_named(tmp_path: Path, text: str, message:
 
 def test_a_missing_log_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path / "none.jsonl")]) == 1
-    assert "none.jsonl: cannot be read (No such file or directory)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"RUN \S+none.jsonl: no such file or folder; .*JsonLinesSink.* sinks=", error)
 
 
 def test_null_and_missing_fields_become_nan() -> None:
@@ -140,29 +136,116 @@ TRAINING_LINE = (
 def test_training_log_gives_loss_and_learning_rate(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_text("noise\n" + TRAINING_LINE.format(2) + TRAINING_LINE.format(1))
-    curves = read_training_log(log)
-    np.testing.assert_array_equal(curves.iteration, [1, 2])
-    np.testing.assert_array_equal(curves.loss, [3.5, 3.5])
-    np.testing.assert_array_equal(curves.lr, [1e-3, 1e-3])
+    curves = read_training_log(log).curves
+    for name, values in (("loss", [3.5, 3.5]), ("lr", [1e-3, 1e-3])):
+        np.testing.assert_array_equal(curves[name].iteration, [1, 2])
+        np.testing.assert_array_equal(curves[name].values, values)
     log.write_text("noise\n")
     with pytest.raises(InputError, match="no line of it reports an iteration"):
         read_training_log(log)
 
 
-def test_tensorboard_gives_loss_and_learning_rate(tmp_path: Path) -> None:
+def write_events(folder: Path, **scalars: list[int]) -> None:
+    """Event files with each tag at these steps, as many as the step."""
     pytest.importorskip("tensorboard")
-    writer: Any = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(tmp_path)
-    for iteration in (1, 2):
-        writer.add_scalar("lm loss", 3.5, iteration)
-        writer.add_scalar("learning-rate", 0.25, iteration)
+    writer: Any = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(folder)
+    for tag, steps in scalars.items():
+        for step in steps:
+            writer.add_scalar(tag, float(step), step)
     writer.close()
-    curves = read_tensorboard(tmp_path)
-    np.testing.assert_array_equal(curves.iteration, [1, 2])
-    np.testing.assert_array_equal(curves.loss, [3.5, 3.5])
-    np.testing.assert_array_equal(curves.lr, [0.25, 0.25])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no event file in it has Megatron's"):
-        read_tensorboard(tmp_path / "empty")
+
+
+def test_tensorboard_gives_loss_and_learning_rate(tmp_path: Path) -> None:
+    write_events(tmp_path, **{"lm loss": [1, 2], "train/loss": [5], "learning-rate": [2, 4]})
+    logged = read_tensorboard(tmp_path)
+    assert logged.notes == []
+    for name, steps in (("loss", [1, 2]), ("lr", [2, 4])):
+        np.testing.assert_array_equal(logged.curves[name].iteration, steps)
+        np.testing.assert_array_equal(logged.curves[name].values, steps)
+
+
+@pytest.mark.parametrize(
+    ("field", "chosen", "passed_over"),
+    [
+        ("loss", ["lm loss", "train/loss"], ["lm loss validation", "loss-scale"]),
+        ("loss", ["train/loss", "loss", "train/ce_loss"], ["val/loss", "eval_loss", "Loss/test"]),
+        ("loss", ["Loss/train"], ["Loss/validation", "Loss/train vs samples"]),
+        ("loss", ["trainLoss"], ["valLoss"]),
+        ("loss", ["train_loss_step", "train_loss_epoch"], ["val_loss_epoch", "latest", "lossy"]),
+        ("loss", ["training/loss"], ["train/aux_loss", "load_balancing_loss"]),
+        ("loss", ["train/CE loss"], ["train/Z loss", "train/PPL", "eval/c4/CE loss"]),
+        ("loss", ["loss_metrics/global_avg_loss"], ["loss_metrics/global_max_loss"]),
+        ("loss", ["train/loss", "train/train_loss"], ["eval/loss"]),
+        ("lr", ["learning-rate", "lr"], ["learning-rate vs samples", "critical-learning-rate"]),
+        ("lr", ["lr-AdamW/pg1", "lr-AdamW/pg2"], ["lr-AdamW-momentum"]),
+        ("lr", ["train/learning_rate"], ["train/critical_lr", "train/lr_over_critical"]),
+        ("lr", ["optim/LR (group 0)"], ["optim/critical learning rate", "rate"]),
+        ("lr", [], ["learning-rate-over-critical", "critical-learning-rate/code", "train/loss"]),
+    ],
+)
+def test_tags_of_training_are_told_from_others(
+    field: str, chosen: list[str], passed_over: list[str]
+) -> None:
+    (quantity,) = (each for each in QUANTITIES if each.field == field)
+    assert quantity.choose([*passed_over, *reversed(chosen)]) == chosen
+
+
+def test_what_other_trainers_log_is_drawn_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Run] = []
+    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, _: drawn.extend(runs))
+    write(tmp_path / "critical_sharpness.jsonl", [record(10), record(20)])
+    arguments = ["report", str(tmp_path), "--out", str(tmp_path / "curves.png")]
+    write_events(tmp_path, **{"loss": [3], "train/loss": [1, 2], "val/loss": [7]})
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "\nloss of every logged iteration: the tag train/loss, not loss\n" in said
+    assert "learning rate: at the measurements only, no tag" in said
+    assert "(there are loss, train/loss, val/loss)" in said
+    np.testing.assert_array_equal(drawn[-1].curve("loss").values, [1, 2])
+    np.testing.assert_array_equal(drawn[-1].curve("lr").iteration, [10, 20])
+    write_events(tmp_path, **{"lr-AdamW": [2, 4]})
+    assert cli.main([*arguments, "--tensorboard-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "\nlearning rate of every logged iteration: the tag lr-AdamW\n" in said
+    np.testing.assert_array_equal(drawn[-1].curve("lr").values, [2, 4])
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "page.html"]])
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--tensorboard-dir", "none", "there is no such folder; give the folder"),
+        ("--tensorboard-dir", "run.jsonl", "it is a file; give the folder"),
+        ("--tensorboard-dir", ".", "it holds no event file .*give one of its folders.* a/runs"),
+        ("--tensorboard-dir", "a/empty", "it holds no event file .*; give one that does"),
+        (
+            "--tensorboard-dir",
+            "a/runs",
+            r"no tag .*\(there are a, b0, .*, b6, 3 more\); log them as train/loss and train/lr",
+        ),
+        ("--train-log", "none", r"cannot be read \(No such file or directory\)"),
+        ("--train-log", "run.jsonl", "no line of it .*; give their output, or .*--tensorboard-dir"),
+    ],
+)
+def test_what_holds_no_curves_is_refused_drawn_or_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    flag: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/empty").mkdir(parents=True)
+    write_events(tmp_path / "a/runs", a=[1], **{f"b{i}": [1] for i in range(10)})
+    write(tmp_path / "run.jsonl", [record(10)])
+    assert cli.main(["report", "run.jsonl", flag, value, *out]) == 1
+    assert re.search(f"error: {flag} {value}: {message}", capsys.readouterr().err)
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -269,7 +352,7 @@ def test_a_folder_is_read_with_its_event_files(
     out = ["--out", str(tmp_path / "curves.png")]
 
     assert cli.main(["report", str(folder), *out]) == 0
-    assert drawn[-1].logged is None  # no loss in the event files
+    assert drawn[-1].logged.curves == {}  # no loss in the event files
     for iteration in (9, 10, 11):
         writer.add_scalar("lm loss", 3.5, iteration)
         writer.add_scalar("learning-rate", 0.25, iteration)
@@ -277,9 +360,9 @@ def test_a_folder_is_read_with_its_event_files(
     for given in (folder, folder.parent):
         assert cli.main(["report", str(given), *out]) == 0
         assert drawn[-1].name == "warm-up 40"
-        np.testing.assert_array_equal(drawn[-1].training.iteration, [9, 10, 11])
+        np.testing.assert_array_equal(drawn[-1].curve("loss").iteration, [9, 10, 11])
     assert cli.main(["report", str(folder / "critical_sharpness.jsonl"), *out]) == 0
-    np.testing.assert_array_equal(drawn[-1].training.iteration, [10, 20])
+    np.testing.assert_array_equal(drawn[-1].curve("loss").iteration, [10, 20])
 
 
 def test_a_training_log_still_goes_with_one_run(
@@ -293,7 +376,7 @@ def test_a_training_log_still_goes_with_one_run(
     log = write(tmp_path / "run.jsonl", [record(10)])
     out = ["--out", str(tmp_path / "curves.png")]
     assert cli.main(["report", str(log), "--train-log", str(training), *out]) == 0
-    np.testing.assert_array_equal(drawn[0].training.iteration, [7])
+    np.testing.assert_array_equal(drawn[0].curve("loss").iteration, [7])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +385,7 @@ def test_a_training_log_still_goes_with_one_run(
         (["a.jsonl", "--out", "a.pdf"], "--out a.pdf: cannot be written, .* .png .* or .html"),
         (["a.jsonl", "b.jsonl", "--train-log", "t.log"], "--train-log t.log: belongs to one run"),
         (["a.jsonl", "b.jsonl", "--tensorboard-dir", "tb"], "--tensorboard-dir tb: belongs to one"),
-        (["empty"], "RUN empty: no critical_sharpness.jsonl"),
+        (["empty"], "RUN empty: no critical_sharpness.jsonl .*JsonLinesSink.* sinks="),
         (["a.jsonl", "b.jsonl", "a.jsonl"], "RUN a.jsonl: given 2 times"),
         (["a.jsonl", "--last", "0"], "--last 0: must be at least 1"),
     ],

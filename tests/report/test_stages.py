@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sharpness.report.records import Array, Run, TrainingCurves, read_records
+from megatron_sharpness.report.records import Array, Curve, Run, read_records
 from megatron_sharpness.report.stages import (
     ABOVE_EDGE,
     BELOW_EDGE,
@@ -174,14 +174,13 @@ CATAPULT = ratios((30, 0.7, 0.7), (1, 1.3, 1.3), (1, 1.6, 1.6), (1, 0.9, 0.9), (
 def test_a_catapult_is_found_with_its_loss_spike() -> None:
     iteration = np.arange(1.0, 640.0)
     loss = np.where((iteration > 312) & (iteration < 318), 6.0, 2.0)
-    training = TrainingCurves(iteration, loss, loss)
-    (event,) = find(CATAPULT, training=training).catapults
+    (event,) = find(CATAPULT, loss=Curve(iteration, loss)).catapults
     assert (event.first, event.peak, event.last) == (310, 320, 340)
     assert event.ratio == pytest.approx(1.6)
     assert event.loss_ratio == pytest.approx(3.0)
     assert str(event) == "310–340: λ_c 1.6 × the line, loss spike of 3 × the loss before"
-    quiet = TrainingCurves(iteration, np.full(len(loss), 2.0), loss)
-    (event,) = find(CATAPULT, training=quiet).catapults
+    quiet = Curve(iteration, np.full(len(loss), 2.0))
+    (event,) = find(CATAPULT, loss=quiet).catapults
     assert str(event).endswith("no loss spike seen")
     (event,) = find(CATAPULT).catapults
     assert event.loss_ratio is None
