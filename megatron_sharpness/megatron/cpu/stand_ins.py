@@ -1,0 +1,45 @@
+"""What replaces Megatron's own parts where those count on a GPU, its kernels or a compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+
+def replace_parts() -> None:
+    """Put every stand-in of this file in its place. This imports Megatron."""
+    # The host's random state is the device's here, so it does change where Megatron warns of it.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    _keep_the_compiled_helper()
+    _norms_under_sequence_parallelism()
+
+
+def _keep_the_compiled_helper() -> None:
+    # The wheel ships the compiled helper, but not the Makefile that this would call.
+    import megatron.core.datasets.utils as dataset_utils
+
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        dataset_utils.compile_helpers = lambda: None
+
+
+def _norms_under_sequence_parallelism() -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build_norm = WrappedTorchNorm.__new__
+
+    def build_sequence_parallel_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        # PyTorch's norm is right under sequence parallelism as long as its gradients are summed
+        # over the tensor-parallel ranks, which Megatron does for parameters that carry this mark.
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = build_norm(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = build_sequence_parallel_norm
