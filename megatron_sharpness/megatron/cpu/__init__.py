@@ -29,7 +29,6 @@ REQUIRED_FLAGS: tuple[tuple[str, ...], ...] = (
     ("--no-bias-swiglu-fusion",),
     ("--no-bias-dropout-fusion",),
     ("--no-rope-fusion",),
-    ("--attention-backend", "unfused"),
     ("--num-workers", "0"),
 )
 
@@ -45,5 +44,6 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, for CUDA's sake
     processes.single_process_rendezvous()
     processes.map_distributed()
+    processes.fork_helpers()
     cuda.map_cuda()
     stand_ins.replace_parts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ def map_cuda() -> None:
     _map_memory()
     _map_streams()
     _map_random_states()
+    _map_profilers()
     _map_tensors()
     mode: Any = _CudaOnCpu()
     mode.__enter__()  # stays for the life of the process
@@ -88,6 +90,10 @@ class _Stream:
     def elapsed_time(self, end: object) -> float:
         return 0.0
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
 
 class _HostGenerators:
     """``torch.cuda.default_generators``: the host's generator under every index."""
@@ -101,6 +107,16 @@ class _Properties:
     major, minor = 8, 0
     multi_processor_count = 1
     total_memory = 0
+
+
+class _Runtime:
+    """``torch.cuda.cudart()``: CUDA's own library, asked only to start and stop its profiler."""
+
+    def cudaProfilerStart(self) -> int:
+        return 0
+
+    def cudaProfilerStop(self) -> int:
+        return 0
 
 
 def _answers(module: Any, answers: dict[str, Any]) -> None:
@@ -130,6 +146,12 @@ def _map_device() -> None:
             "init": None,
             "set_device": None,
             "ipc_collect": None,
+            "check_error": None,
+            # What NVIDIA's management library would measure.
+            "temperature": 0,
+            "power_draw": 0,
+            "utilization": 0,
+            "clock_rate": 0,
         },
     )
     cuda._lazy_call = lambda function, **kwargs: function()
@@ -138,7 +160,7 @@ def _map_device() -> None:
 
 
 def _map_memory() -> None:
-    """No byte is the device's."""
+    """No byte is the device's: every count is zero, and there is no history of them."""
     _answers(
         torch.cuda,
         {
@@ -146,11 +168,17 @@ def _map_memory() -> None:
             "max_memory_allocated": 0,
             "memory_reserved": 0,
             "max_memory_reserved": 0,
-            "memory_stats": {},
+            "device_memory_used": 0,
+            "memory_stats": Counter(),
+            "memory_snapshot": [],
             "mem_get_info": (0, 0),
             "empty_cache": None,
             "reset_peak_memory_stats": None,
         },
+    )
+    _answers(
+        torch.cuda.memory,
+        {"_record_memory_history": None, "_snapshot": {}, "_dump_snapshot": None},
     )
 
 
@@ -168,6 +196,7 @@ def _map_streams() -> None:
     )
     for name in ("Stream", "Event", "stream", "device", "StreamContext", "ExternalStream"):
         setattr(cuda, name, _Stream)
+    _answers(torch.Tensor, {"record_stream": None})
 
 
 def _map_random_states() -> None:
@@ -186,7 +215,14 @@ def _map_random_states() -> None:
         module.get_rng_state = get_rng_state
         module.set_rng_state = set_rng_state
         module.manual_seed = module.manual_seed_all = manual_seed
+        module.initial_seed = torch.initial_seed
     cuda.default_generators = _HostGenerators()
+
+
+def _map_profilers() -> None:
+    """NVIDIA's profilers are told nothing; PyTorch's own works as it is."""
+    _answers(torch.cuda, {"cudart": _Runtime()})
+    _answers(torch.cuda.nvtx, {"range_push": 0, "range_pop": 0})
 
 
 def _map_tensors() -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run: their rendezvous and gloo between them."""
+"""The processes of a run: their rendezvous, gloo between them, and the helpers they start."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -41,3 +42,10 @@ def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(**{**arguments, "backend": "gloo"})
 
     return call
+
+
+def fork_helpers() -> None:
+    """A process that Megatron starts is forked, so that it has the mapping, too."""
+    multiprocessing: Any = torch.multiprocessing
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork

@@ -12,7 +12,9 @@ def replace_parts() -> None:
     # The host's random state is the device's here, so it does change where Megatron warns of it.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     _keep_the_compiled_helper()
+    _local_layers_for_bert()
     _norms_under_sequence_parallelism()
+    _copies_for_the_checkpoint_writer()
 
 
 def _keep_the_compiled_helper() -> None:
@@ -25,6 +27,14 @@ def _keep_the_compiled_helper() -> None:
         pass
     else:
         dataset_utils.compile_helpers = lambda: None
+
+
+def _local_layers_for_bert() -> None:
+    # Its script asks for Transformer Engine's whatever --transformer-impl says.
+    from megatron.core.models.bert import bert_layer_specs
+
+    local = bert_layer_specs.bert_layer_local_spec
+    bert_layer_specs.bert_layer_with_transformer_engine_spec = local
 
 
 def _norms_under_sequence_parallelism() -> None:
@@ -43,3 +53,20 @@ def _norms_under_sequence_parallelism() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = build_sequence_parallel_norm
+
+
+def _copies_for_the_checkpoint_writer() -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    prepare = FileSystemWriterAsync.prepare_write_data
+
+    def prepare_copies(writer: Any, *args: Any, **kwargs: Any) -> None:
+        # From a GPU the writer's process takes a copy to the host. What is on the host already it
+        # would share with the training, which goes on while it writes.
+        prepare(writer, *args, **kwargs)
+        writer.write_buckets = [
+            (path, key, (blobs, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (blobs, tensors) in writer.write_buckets
+        ]
+
+    FileSystemWriterAsync.prepare_write_data = prepare_copies
