@@ -13,6 +13,7 @@ def replace_parts() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     _keep_the_compiled_helper()
     _local_layers_for_bert()
+    _routers_without_transformer_engine()
     _norms_under_sequence_parallelism()
     _copies_for_the_checkpoint_writer()
 
@@ -35,6 +36,13 @@ def _local_layers_for_bert() -> None:
 
     local = bert_layer_specs.bert_layer_local_spec
     bert_layer_specs.bert_layer_with_transformer_engine_spec = local
+
+
+def _routers_without_transformer_engine() -> None:
+    # Megatron-LM 0.16 asks for this name without having set it where the import failed.
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 def _norms_under_sequence_parallelism() -> None:
