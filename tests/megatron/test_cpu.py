@@ -12,7 +12,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.digest import hash_of
-from tests.megatron.harness import MODEL, ROOT, run
+from tests.megatron.harness import MODEL, ROOT, finish, run
+from tests.processes import start_ranks
 
 #: What is asked → (processes, flags).
 ASKED = {
@@ -31,6 +32,25 @@ def test_megatron_trains_with_what_it_asks_of_a_gpu(asked: str, tmp_path: Path) 
     processes, flags = ASKED[asked]
     result = run(tmp_path, flags, processes=processes).expect_success()
     assert len(result.training_lines) == 6
+
+
+UNEVEN = """
+from megatron_sharpness.megatron import cpu
+cpu.install()
+import torch
+import torch.distributed as dist
+
+dist.init_process_group()
+rank = dist.get_rank()
+parts = [torch.empty(2, 3), torch.empty(1, 3)]
+dist.all_gather(parts, torch.full((2 - rank, 3), float(rank)))
+assert [part.tolist() for part in parts] == [[[0.0] * 3] * 2, [[1.0] * 3]]
+"""
+
+
+def test_parts_of_other_sizes_are_gathered(tmp_path: Path) -> None:
+    processes = start_ranks(["-c", UNEVEN], tmp_path, 2)
+    finish(processes, tmp_path, timeout=120.0).expect_success()
 
 
 BERT = """

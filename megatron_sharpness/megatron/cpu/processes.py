@@ -30,6 +30,7 @@ def map_distributed() -> None:
         mapped = _as_gloo(getattr(dist, name))
         setattr(dist, name, mapped)
         setattr(dist.distributed_c10d, name, mapped)
+    _gather_uneven_parts()
 
 
 def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +43,28 @@ def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(**{**arguments, "backend": "gloo"})
 
     return call
+
+
+def _gather_uneven_parts() -> None:
+    """Gloo gathers parts of one size only, NCCL any: here they are filled up to the largest."""
+    distributed: Any = dist
+    gather = distributed.all_gather
+
+    def all_gather(
+        parts: list[torch.Tensor], part: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        sizes = [each.numel() for each in parts]
+        if async_op or len(set(sizes)) == 1:
+            return gather(parts, part, group, async_op)
+        filled = [part.new_zeros(max(sizes)) for _ in parts]
+        own = part.new_zeros(max(sizes))
+        own[: part.numel()] = part.flatten()
+        gather(filled, own, group)
+        for each, whole in zip(parts, filled, strict=True):
+            each.copy_(whole[: each.numel()].view_as(each))
+        return None
+
+    distributed.all_gather = all_gather
 
 
 def fork_helpers() -> None:
