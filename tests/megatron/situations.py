@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.models import gpt
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -183,3 +185,14 @@ def weights_clamped_after_the_step() -> None:
                     parameter.clamp_(-0.01, 0.01)
 
     OptimizerParamScheduler.step = step_and_clamp
+
+
+def a_slow_checkpoint_writer() -> None:
+    """What is written beside the training comes after the steps that follow."""
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def write_late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2.0)
+        return write(*args, **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write_late)

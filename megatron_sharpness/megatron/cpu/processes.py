@@ -1,0 +1,74 @@
+"""The processes of a run: their rendezvous, gloo between them, and the helpers they start."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def single_process_rendezvous() -> None:
+    """A script that is started without torchrun is a world of one process."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def map_distributed() -> None:
+    """Every process group is gloo's, without the options that only NCCL knows."""
+    for name in ("init_process_group", "new_group"):
+        mapped = _as_gloo(getattr(dist, name))
+        setattr(dist, name, mapped)
+        setattr(dist.distributed_c10d, name, mapped)
+    _gather_uneven_parts()
+
+
+def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        for option in ("device_id", "pg_options"):
+            arguments.pop(option, None)
+        return original(**{**arguments, "backend": "gloo"})
+
+    return call
+
+
+def _gather_uneven_parts() -> None:
+    """Gloo gathers parts of one size only, NCCL any: here they are filled up to the largest."""
+    distributed: Any = dist
+    gather = distributed.all_gather
+
+    def all_gather(
+        parts: list[torch.Tensor], part: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        sizes = [each.numel() for each in parts]
+        if async_op or len(set(sizes)) == 1:
+            return gather(parts, part, group, async_op)
+        filled = [part.new_zeros(max(sizes)) for _ in parts]
+        own = part.new_zeros(max(sizes))
+        own[: part.numel()] = part.flatten()
+        gather(filled, own, group)
+        for each, whole in zip(parts, filled, strict=True):
+            each.copy_(whole[: each.numel()].view_as(each))
+        return None
+
+    distributed.all_gather = all_gather
+
+
+def fork_helpers() -> None:
+    """A process that Megatron starts is forked, so that it has the mapping, too."""
+    multiprocessing: Any = torch.multiprocessing
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork

@@ -1,0 +1,80 @@
+"""What replaces Megatron's own parts where those count on a GPU, its kernels or a compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+
+def replace_parts() -> None:
+    """Put every stand-in of this file in its place. This imports Megatron."""
+    # The host's random state is the device's here, so it does change where Megatron warns of it.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    _keep_the_compiled_helper()
+    _local_layers_for_bert()
+    _routers_without_transformer_engine()
+    _norms_under_sequence_parallelism()
+    _copies_for_the_checkpoint_writer()
+
+
+def _keep_the_compiled_helper() -> None:
+    # The wheel ships the compiled helper, but not the Makefile that this would call.
+    import megatron.core.datasets.utils as dataset_utils
+
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        dataset_utils.compile_helpers = lambda: None
+
+
+def _local_layers_for_bert() -> None:
+    # Its script asks for Transformer Engine's whatever --transformer-impl says.
+    from megatron.core.models.bert import bert_layer_specs
+
+    local = bert_layer_specs.bert_layer_local_spec
+    bert_layer_specs.bert_layer_with_transformer_engine_spec = local
+
+
+def _routers_without_transformer_engine() -> None:
+    # Megatron-LM 0.16 asks for this name without having set it where the import failed.
+    from megatron.core.transformer.moe import moe_utils
+
+    vars(moe_utils).setdefault("te_general_gemm", None)
+
+
+def _norms_under_sequence_parallelism() -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build_norm = WrappedTorchNorm.__new__
+
+    def build_sequence_parallel_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        # PyTorch's norm is right under sequence parallelism as long as its gradients are summed
+        # over the tensor-parallel ranks, which Megatron does for parameters that carry this mark.
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = build_norm(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = build_sequence_parallel_norm
+
+
+def _copies_for_the_checkpoint_writer() -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    prepare = FileSystemWriterAsync.prepare_write_data
+
+    def prepare_copies(writer: Any, *args: Any, **kwargs: Any) -> None:
+        # From a GPU the writer's process takes a copy to the host. What is on the host already it
+        # would share with the training, which goes on while it writes.
+        prepare(writer, *args, **kwargs)
+        writer.write_buckets = [
+            (path, key, (blobs, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (blobs, tensors) in writer.write_buckets
+        ]
+
+    FileSystemWriterAsync.prepare_write_data = prepare_copies

@@ -1,0 +1,256 @@
+"""Megatron-LM's own recipes, made small, on the CPU backend: which of them start?
+
+The recipes are those of the checkout's functional tests. ``python -m tests.megatron.recipes
+CHECKOUT FOLDER`` with the checkout in ``PYTHONPATH`` trains each for two iterations and writes what
+stopped it, or null, to ``FOLDER/outcomes.json``. :func:`refusal` says which are left out and why,
+:func:`shrunk` what is made small.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sharpness.megatron.cpu import REQUIRED_FLAGS
+from tests.megatron.harness import run
+
+MASKED_WORDS = Path(__file__).with_name("masked_words.py")
+WORDS = 127
+
+#: A recipe's flags as Megatron's own shell script reads them: ``true`` is a flag without a value.
+Flags = dict[str, str]
+
+#: Folder of recipes → the scripts that train its model, by where checkouts have them.
+SCRIPTS = {
+    "bert": ("pretrain_bert.py", "examples/bert/pretrain_bert.py"),
+    "t5": ("pretrain_t5.py", "examples/t5/pretrain_t5.py"),
+    "gpt": ("pretrain_gpt.py",),
+    "moe": ("pretrain_gpt.py",),
+    "mixtral": ("pretrain_gpt.py",),
+}
+
+#: What the CPU backend does not have, by the flag that asks for it.
+NOT_HERE = {
+    "--fp8-format": "fp8 needs Transformer Engine",
+    "--fp4-format": "fp4 needs Transformer Engine",
+    "--tp-comm-overlap": "overlapped tensor parallelism needs Transformer Engine",
+    "--fine-grained-activation-offloading": "offloaded activations need Transformer Engine",
+    "--use-precision-aware-optimizer": "this optimizer needs Transformer Engine",
+    "--cuda-graph-impl": "CUDA graphs",
+    "--enable-cuda-graph": "CUDA graphs",
+    "--external-cuda-graph": "CUDA graphs",
+    "--use-megatron-fsdp": "FSDP",
+    "--use-torch-fsdp2": "FSDP",
+    "--multi-latent-attention": "this attention needs Transformer Engine",
+    "--moe-flex-dispatcher-backend": "a kernel library dispatches the tokens",
+    "--moe-enable-deepep": "a kernel library dispatches the tokens",
+    "--experimental-attention-variant": "a kernel library holds this attention",
+    "--export-te-mcore-model": "distillation needs ModelOpt",
+    "--fim-data": "its data needs a tokenizer that is not in the checkout",
+}
+
+#: Flags that say which kernel computes something, or how fast, but not what.
+KERNELS = {flag for flag, *_ in REQUIRED_FLAGS} | {
+    "--attention-backend", "--use-flash-attn", "--no-bias-gelu-fusion", "--moe-grouped-gemm",
+    "--moe-permute-fusion", "--moe-router-fusion", "--cross-entropy-loss-fusion",
+    "--cross-entropy-fusion-impl", "--te-rng-tracker", "--use-transformer-engine-op-fuser",
+    "--use-fused-weighted-squared-relu", "--disable-gloo-process-groups", "--delay-wgrad-compute",
+    "--high-priority-stream-groups", "--defer-embedding-wgrad-compute", "--wgrad-deferral-limit",
+    "--moe-use-legacy-grouped-gemm", "--fused-linear-cross-entropy", "--async-strategy",
+}  # fmt: skip
+
+#: What is on NVIDIA's machines, and how long it trains there.
+ELSEWHERE = {
+    "--load", "--pretrained-checkpoint", "--use-checkpoint-args", "--auto-detect-ckpt-format",
+    "--data-path", "--per-split-data-args-path", "--data-cache-path", "--split", "--vocab-file",
+    "--merge-file", "--tokenizer-model", "--tiktoken-pattern", "--vocab-size",
+    "--make-vocab-size-divisible-by", "--wandb-project", "--wandb-entity", "--wandb-exp-name",
+    "--wandb-save-dir", "--exit-interval", "--exit-duration-in-mins", "--rampup-batch-size",
+    "--step-batch-size-schedule", "--eval-global-batch-size", "--save-retain-interval",
+    "--tensorboard-dir", "--use-checkpoint-opt_param-scheduler",
+    "--override-opt_param-scheduler", "--dist-ckpt-strictness", "--ckpt-fully-parallel-load",
+    "--finetune", "--no-load-optim", "--legacy-tokenizer",
+}  # fmt: skip
+
+#: Sizes, each at most this.
+SIZES = {
+    "--num-layers": 4, "--encoder-num-layers": 4, "--decoder-num-layers": 4, "--hidden-size": 32,
+    "--num-attention-heads": 4, "--num-query-groups": 2, "--kv-channels": 8,
+    "--ffn-hidden-size": 32, "--seq-length": 32, "--encoder-seq-length": 32,
+    "--decoder-seq-length": 16, "--max-position-embeddings": 32, "--micro-batch-size": 1,
+    "--train-iters": 2, "--log-interval": 1, "--eval-iters": 1, "--eval-interval": 2,
+    "--save-interval": 2, "--num-experts": 4, "--moe-router-topk": 2, "--moe-router-num-groups": 2,
+    "--moe-router-group-topk": 1, "--moe-ffn-hidden-size": 32,
+    "--moe-shared-expert-intermediate-size": 32, "--q-lora-rank": 16, "--kv-lora-rank": 16,
+    "--qk-head-dim": 8, "--qk-pos-emb-head-dim": 8, "--v-head-dim": 8, "--mtp-num-layers": 1,
+    "--mup-base-hidden-size": 16, "--tensor-model-parallel-size": 2,
+    "--pipeline-model-parallel-size": 2, "--expert-model-parallel-size": 2,
+    "--expert-tensor-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2,
+    "--num-layers-per-virtual-pipeline-stage": 1, "--lr-warmup-samples": 0, "--num-workers": 0,
+    "--microbatch-group-size-per-virtual-pipeline-stage": 2, "--recompute-num-layers": 1,
+    "--decoder-first-pipeline-num-layers": 2, "--decoder-last-pipeline-num-layers": 2,
+}  # fmt: skip
+
+DATA = {"--tokenizer-type": "NullTokenizer", "--vocab-size": str(WORDS), "--split": "80,10,10"}
+
+#: Models that learn to fill in masked words.
+MASKED = ("bert", "t5")
+
+
+@dataclass
+class Recipe:
+    """One ``model_config.yaml``."""
+
+    name: str
+    model: str
+    flags: Flags
+    environment: dict[str, str]
+    trains: bool
+
+
+def recipes(checkout: Path) -> list[Recipe]:
+    cases = checkout / "tests" / "functional_tests" / "test_cases"
+    found = []
+    for path in sorted(cases.glob("*/*/model_config.yaml")):
+        config = yaml.safe_load(path.read_text())
+        flags = {name: _text(value) for name, value in (config.get("MODEL_ARGS") or {}).items()}
+        trains = config.get("MODE", "pretraining") == "pretraining"
+        environment = {name: str(value) for name, value in config["ENV_VARS"].items()}
+        found.append(Recipe(path.parent.name, path.parent.parent.name, flags, environment, trains))
+    return found
+
+
+def _text(value: Any) -> str:
+    text = str(value).strip().replace("${REPEAT}", "1")
+    return text.lower() if isinstance(value, bool) else text
+
+
+def refusal(recipe: Recipe) -> str | None:
+    """Why the CPU backend cannot train this one."""
+    flags = recipe.flags
+    if not recipe.trains or "--perform-rl-step" in flags or not flags:
+        return "generates text, or converts"
+    if recipe.model not in SCRIPTS:
+        return f"{recipe.model}: its layers, data or trainer are another library's"
+    if int(flags.get("--context-parallel-size", 1)) > 1:
+        return "context parallelism needs Transformer Engine"
+    return next((reason for flag, reason in NOT_HERE.items() if flag in flags), None)
+
+
+def shrunk(recipe: Recipe) -> Flags:
+    """The same recipe on few processes, of little width and depth, on made-up data."""
+    flags = {
+        name: str(min(_number(value), SIZES[name])) if name in SIZES else value
+        for name, value in recipe.flags.items()
+        if name not in KERNELS | ELSEWHERE
+    }
+    if "--account-for-embedding-in-pipeline-split" in flags:
+        flags["--num-layers"] = "6"  # the embedding and the loss count as one each
+    if "--fp16" in flags:
+        flags["--initial-loss-scale"] = "4096"  # it would fall for longer than this trains
+    experts = "m" if "--mtp-num-layers" in flags else ""
+    patterns = {
+        "--pipeline-model-parallel-layout": f"Et|t|t|t{experts}L",
+        "--moe-layer-freq": "([0]*1+[1]*3)",
+    }
+    flags |= {name: value for name, value in patterns.items() if name in flags}
+    if "--save" in flags:
+        flags["--save"] = "checkpoints"
+    if "--train-samples" in flags:
+        flags["--train-samples"] = str(2 * 2 * data_parallel(flags))
+    flags["--global-batch-size"] = str(2 * data_parallel(flags))
+    return flags | DATA | ({} if recipe.model in MASKED else {"--mock-data": "true"})
+
+
+def _number(value: str) -> int:
+    return int(float(value))
+
+
+def size(flags: Flags, kind: str, otherwise: int = 1) -> int:
+    return int(flags.get(f"--{kind}-parallel-size", otherwise))
+
+
+def model_parallel(flags: Flags) -> int:
+    return size(flags, "tensor-model") * size(flags, "pipeline-model")
+
+
+def processes(flags: Flags) -> int:
+    """As few as its parallel sizes allow."""
+    expert_tensor = size(flags, "expert-tensor", size(flags, "tensor-model"))
+    experts = size(flags, "expert-model") * expert_tensor * size(flags, "pipeline-model")
+    replicas = min(2, int(flags.get("--num-distributed-optimizer-instances", 1)))
+    return replicas * max(experts, model_parallel(flags))
+
+
+def data_parallel(flags: Flags) -> int:
+    return processes(flags) // model_parallel(flags)
+
+
+def command_line(flags: Flags) -> list[str]:
+    parts = []
+    for name, value in flags.items():
+        if value == "true":
+            parts += [name]
+        elif value.startswith("["):
+            parts += [name, *value.strip("[]").split()]
+        else:
+            parts += [name, value]
+    return parts
+
+
+def alike(recipes: list[Recipe]) -> list[list[Recipe]]:
+    """Those together that are the same once they are small, but for numbers such as a rate."""
+    groups = defaultdict(list)
+    for recipe in recipes:
+        flags = shrunk(recipe)
+        kept = (item for item in flags.items() if item[0] in SIZES or not _is_number(item[1]))
+        groups[SCRIPTS[recipe.model], frozenset(flags), frozenset(kept)].append(recipe)
+    return list(groups.values())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def error(checkout: Path, recipe: Recipe, folder: Path) -> str | None:
+    """What stopped the recipe's two iterations, if anything did."""
+    script = next(checkout / name for name in SCRIPTS[recipe.model] if (checkout / name).exists())
+    flags = shrunk(recipe)
+    arguments = (checkout / "megatron" / "training" / "arguments.py").read_text()
+    if "--async-save" in flags and "async_strategy" in arguments:
+        flags["--async-strategy"] = "mcore"
+    masked = recipe.model in MASKED
+    result = run(
+        folder, "", model=" ".join(command_line(flags)), processes=processes(flags), timeout=90.0,
+        script=MASKED_WORDS if masked else script,
+        environment={**recipe.environment, "MASKED_WORDS": str(script)},
+    )  # fmt: skip
+    if result.returncode == 0 and len(result.training_lines) == int(flags.get("--train-iters", 2)):
+        return None
+    # Where one rank has stopped, gloo stops the others.
+    lines = re.findall(r"^\w*Error\b(?!.*gloo).*|^stopped: .*", result.output, re.MULTILINE)
+    return lines[-1] if lines else f"exit code {result.returncode}"
+
+
+def main(checkout: Path, folder: Path) -> None:
+    outcomes: dict[str, str | None] = {}
+    for number, group in enumerate(alike([r for r in recipes(checkout) if refusal(r) is None])):
+        outcome = error(checkout, group[0], folder / str(number))
+        outcomes |= dict.fromkeys((recipe.name for recipe in group), outcome)
+        print(f"{number}: {len(group)} like {group[0].name}: {outcome or 'started'}", flush=True)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
