@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Sets up .venv, then runs ruff, mypy and all tests. What was skipped, and why, stands at the end.
+# Sets up .venv, then runs ruff, mypy and the tests. What was skipped, and why, stands at the end.
 #
-#   ./launch/test.sh                          everything
+#   ./launch/test.sh                          what a change waits for
+#   ./launch/test.sh --rare                   the slow tests of what rarely changes: other versions,
+#                                             trainers, sweeps (tests/conftest.py lists them)
 #   ./launch/test.sh tests/core -k search     further arguments go to pytest
 set -euo pipefail
 
 OTHER_MEGATRON_CORE=0.18.2 # tested beside the version that launch/requirements.txt pins
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+chosen="not rare"
+if [[ "${1:-}" == --rare ]]; then
+    chosen=rare
+    shift
+fi
 ./launch/environment.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
@@ -20,13 +27,16 @@ install_beside() {
     mv "$partial" "$folder"
 }
 
-export MEGATRON_CORE_OTHER="$PWD/.venv/megatron-core-$OTHER_MEGATRON_CORE"
-install_beside "$MEGATRON_CORE_OTHER" "megatron-core==$OTHER_MEGATRON_CORE"
-
+frameworks=(hf) # which launch/fsdp has models of
+if [[ "$chosen" == rare ]]; then
+    frameworks=(bridge hf lightning olmo-core optimizers torchtitan)
+    export MEGATRON_CORE_OTHER="$PWD/.venv/megatron-core-$OTHER_MEGATRON_CORE"
+    install_beside "$MEGATRON_CORE_OTHER" "megatron-core==$OTHER_MEGATRON_CORE"
+fi
 export TRAINER_FRAMEWORKS="$PWD/.venv/frameworks"
 mkdir -p "$TRAINER_FRAMEWORKS"
-for pins in launch/frameworks/*.txt; do
-    name="$(basename "$pins" .txt)"
+for name in "${frameworks[@]}"; do
+    pins="launch/frameworks/$name.txt"
     folder="$TRAINER_FRAMEWORKS/$name-$(sha256sum "$pins" | head -c 8)"
     [[ -d "$folder" ]] || echo "installing $name for its tests" >&2
     install_beside "$folder" --requirement "$pins"
@@ -35,8 +45,11 @@ done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
-ruff check . || status=1
-mypy || status=1
+if [[ "$chosen" != rare ]]; then
+    ruff check . || status=1
+    mypy || status=1
+fi
 # Two test files at a time: most tests wait for processes of their own, often for one at a time.
-python -m pytest -rs --numprocesses 2 --dist loadfile "$@" || status=1
+python -m pytest -rs -m "$chosen" --durations 20 \
+    --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || status=1
 exit "$status"

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import inspect
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+#: Stores of this process, for as long as it lives.
+_SERVED: list[dist.TCPStore] = []
+
 
 def single_process_rendezvous() -> None:
     """A script that is started without torchrun is a world of one process."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As torchrun's agent: a port that is bound at once cannot become another's before it is used.
+    _SERVED.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(_SERVED[-1].port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
 
 

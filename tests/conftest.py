@@ -1,0 +1,68 @@
+"""Which tests wait for ``launch/test.sh --rare``, and in which order the others are begun."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+#: Slow tests of what rarely changes: other versions and trainers, whole sweeps, experiments made
+#: anew, four processes where two are tried too. By file, or by file and test.
+RARE = (
+    "tests/benchmarks/test_memory.py",
+    "tests/experiments/test_phenomena.py::test_full_batch*",
+    "tests/experiments/test_phenomena.py::test_adam*",
+    "tests/experiments/test_phenomena.py::test_critical_sharpness_of_a_gpt*",
+    "tests/megatron/test_adaptive_mix.py",
+    "tests/megatron/test_bridge.py",
+    "tests/megatron/test_checkout.py",
+    "tests/megatron/test_configs.py::*-other*",
+    "tests/megatron/test_recipes.py",
+    "tests/megatron/test_versions.py",
+    "tests/pytorch/test_layouts.py::test_on_several_processes*4-*",
+    "tests/sweeps/checkpoints/test_training.py",
+    "tests/sweeps/mix/test_command.py::test_the_sweep*",
+    "tests/trainers/*",
+)
+
+#: Files that take longest, longest first: begun last, they would be waited for alone.
+LONG = (
+    "tests/sweeps/checkpoints/test_training.py",
+    "tests/pytorch/test_layouts.py",
+    "tests/megatron/test_bitwise.py",
+    "tests/megatron/test_versions.py",
+    "tests/benchmarks/test_memory.py",
+    "tests/megatron/test_bridge.py",
+    "tests/experiments/test_phenomena.py",
+    "tests/megatron/test_situations.py",
+    "tests/megatron/test_number.py",
+    "tests/megatron/test_adaptive_mix.py",
+    "tests/megatron/test_faults.py",
+    "tests/sweeps/mix/test_command.py",
+    "tests/trainers/test_torchtitan.py",
+    "tests/launch/test_fsdp.py",
+)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without the rare tests a file of nothing else is not even imported."""
+    if config.getoption("markexpr") != "not rare" or collection_path.suffix != ".py":
+        return None
+    file = collection_path.relative_to(ROOT).as_posix()
+    return any(fnmatchcase(file, each) for each in RARE) or None
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(ROOT).as_posix()
+        return LONG.index(file) if file in LONG else len(LONG)
+
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        if any(fnmatchcase(f"{file}::{item.name}", f"{each}*") for each in RARE):
+            item.add_marker(pytest.mark.rare)
+    items.sort(key=place)
