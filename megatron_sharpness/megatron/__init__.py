@@ -39,7 +39,7 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
             except ImportError as error:
                 raise RuntimeError(
                     "--measure-critical-sharpness-every: this version of Megatron lacks what the "
-                    f"measurement needs ({error}); use one of megatron-core 0.16 to 0.19, or leave "
+                    f"measurement needs ({error}); use one of megatron-core 0.16 to 0.20, or leave "
                     "the flag out."
                 ) from error
             attach(args)

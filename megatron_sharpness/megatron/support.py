@@ -12,7 +12,7 @@ from megatron.core import package_info
 from megatron_sharpness.core.errors import InputError
 
 #: Versions that the tests run.
-TESTED = ("0.16", "0.17", "0.18", "0.19")
+TESTED = ("0.16", "0.17", "0.18", "0.19", "0.20")
 
 #: Argument → (flag, why it is refused). Each of these was never run with a measurement and could
 #: be wrong in silence.

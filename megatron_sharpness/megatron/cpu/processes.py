@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 #: Stores of this process, for as long as it lives.
-_SERVED: list[dist.TCPStore] = []
+_SERVED: list[Any] = []
 
 
 def single_process_rendezvous() -> None:
@@ -19,7 +19,8 @@ def single_process_rendezvous() -> None:
     if "RANK" in os.environ:
         return
     # As torchrun's agent: a port that is bound at once cannot become another's before it is used.
-    _SERVED.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    distributed: Any = dist
+    _SERVED.append(distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     os.environ.update(
         RANK="0",
         LOCAL_RANK="0",
