@@ -7,7 +7,6 @@ layout; what differs from a training run are flags that are added.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import subprocess
@@ -16,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.data import evaluation
@@ -133,6 +131,7 @@ class Frozen:
 
         Raises:
             RunFailed: the command failed, or left fewer records than it should.
+            InputError: there is no such command.
         """
         partial, log = records.with_suffix(".partial"), records.with_suffix(".log")
         partial.unlink(missing_ok=True)
@@ -182,7 +181,13 @@ class Frozen:
     def _execute(self, command: Sequence[str], log: Path, partial: Path, shown: str) -> int:
         in_terminal = sys.stderr.isatty()
         with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            try:
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            except OSError as error:
+                raise InputError(
+                    f"-- {command[0]}: it cannot be started ({error.strerror}); give a program on "
+                    "the PATH, torchrun say, or the path of one"
+                ) from error
             try:
                 while process.poll() is None:
                     time.sleep(0.2)
@@ -213,26 +218,3 @@ class Report:
     seconds: float
     working: float
     memory: float
-
-
-def keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder and write what is measured with, or refuse to go on with something else.
-
-    Raises:
-        InputError: the folder cannot be written, or holds what was measured otherwise.
-    """
-    path = out / "settings.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(json.dumps(settings, indent=2) + "\n")
-            return
-        before = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; give another folder") from error
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise InputError(
-                f"--out {out}: it holds what was measured with {name} {before.get(name)!r}, and "
-                f"this is {value!r}; give the same, or another folder"
-            )

@@ -13,14 +13,7 @@ import torch
 from megatron_sharpness.core import frozen
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.frozen import FrozenRun, fingerprint
-from megatron_sharpness.sweeps.runs import (
-    REPORT,
-    Frozen,
-    RunFailed,
-    add_arguments,
-    check,
-    keep_settings,
-)
+from megatron_sharpness.sweeps.runs import REPORT, Frozen, RunFailed, add_arguments, check
 
 
 def test_a_fingerprint_is_of_every_bit_and_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,16 +99,6 @@ def test_the_error_is_shown_and_not_torchruns_report_of_it(tmp_path: Path) -> No
     with pytest.raises(RunFailed, match="no such layer") as failed:
         Frozen(script(3, said, 1), accumulate=0, measure=3).run([], tmp_path / "one.jsonl", "one")
     assert "exitcode" not in str(failed.value) and "further" not in str(failed.value)
-
-
-def test_a_folder_goes_on_with_the_same_settings_alone(tmp_path: Path) -> None:
-    keep_settings(tmp_path / "out", {"measure": 3, "training": ["a"]})
-    keep_settings(tmp_path / "out", {"measure": 3, "training": ["a"]})
-    with pytest.raises(InputError, match="measured with measure 3, and this is 4"):
-        keep_settings(tmp_path / "out", {"measure": 4, "training": ["a"]})
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--out .*give another folder"):
-        keep_settings(tmp_path / "file" / "out", {})
 
 
 @pytest.mark.parametrize("flag", ["--save", "--save=x", "--train-samples", "--load", "--load=y"])

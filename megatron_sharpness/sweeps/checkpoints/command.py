@@ -24,7 +24,8 @@ from megatron_sharpness.sweeps.checkpoints.points import (
     write_table,
 )
 from megatron_sharpness.sweeps.checkpoints.sources import Checkpoint, in_folder, of_hugging_face
-from megatron_sharpness.sweeps.runs import Frozen, Report, RunFailed, keep_settings
+from megatron_sharpness.sweeps.runs import Frozen, Report, RunFailed
+from megatron_sharpness.sweeps.settings import keep_settings
 
 #: Exit status where checkpoints were skipped.
 SKIPPED = 3
@@ -182,6 +183,7 @@ class Series:
                 unreadable[checkpoint.label] = str(error)
                 continue
             lines = [json.loads(line) for line in records.read_text().splitlines()]
+            records.unlink()  # nothing is measured yet that the folder's settings could belong to
             cost = Cost.of(report, lines, steps=probe.accumulate + 1)
             count = len(missing) - len(unreadable)
             print(cost.text(checkpoint.label, count, self.frozen), flush=True)

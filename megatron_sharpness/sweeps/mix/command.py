@@ -24,7 +24,8 @@ from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import TRAIN, relative_sharpness
 from megatron_sharpness.sweeps import runs
 from megatron_sharpness.sweeps.mix.recommendation import Recommendation, recommend
-from megatron_sharpness.sweeps.runs import Frozen, RunFailed, keep_settings
+from megatron_sharpness.sweeps.runs import Frozen, RunFailed
+from megatron_sharpness.sweeps.settings import keep_settings
 from megatron_sharpness.sweeps.spread import Spread
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

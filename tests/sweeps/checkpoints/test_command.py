@@ -134,7 +134,7 @@ def test_what_is_done_is_not_done_again(
     assert measure(out, *load) == 0
     assert len(calls(out)) == count
     assert measure(out, *load, "--moments", "warm:5") == 1
-    assert "measured with moments 'checkpoint', and this is 'warm:5'" in capsys.readouterr().err
+    assert "otherwise: --moments is warm:5 and was checkpoint" in capsys.readouterr().err
     other = tmp_path / "other"
     run_folder.rename(other)
     assert measure(out, "--load", str(other)) == 1
@@ -170,6 +170,18 @@ def test_where_none_can_be_read_that_is_an_error(
     for flags in ([], ["--estimate"]):
         assert measure(tmp_path / "out", "--load", str(run_folder), *flags) == 1
         assert "none of the checkpoints could be measured" in capsys.readouterr().err
+
+
+def test_a_timed_command_does_not_lock_the_folder_and_a_missing_one_is_no_traceback(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, load = tmp_path / "out", ["--load", str(run_folder)]
+    missing = ["checkpoints", "--out", str(out), *load, "--", "no-such-torchrun", "train.py"]
+    assert cli.main(missing) == 1
+    assert "-- no-such-torchrun: it cannot be started" in capsys.readouterr().err
+    assert measure(out, *load, "--measure", "8", "--estimate") == 0
+    assert measure(out, *load) == 0
+    assert measure(out, *load, "--measure", "8") == 1
 
 
 def test_estimate_prints_the_cost_and_ends(

@@ -88,7 +88,7 @@ def test_the_sweep_measures_every_share_and_recommends_one(
 
     other = [*flags(tmp_path, data, accumulate="5"), *training]
     assert cli.main(other) == 1
-    assert "it holds what was measured with accumulate 4, and this is 5" in capsys.readouterr().err
+    assert "measured otherwise: --accumulate is 5 and was 4" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_is_reported_with_what_it_said(
@@ -99,6 +99,37 @@ def test_a_command_that_fails_is_reported_with_what_it_said(
     said = capsys.readouterr().err
     assert "share 0: the training command ended with 3 and 0 of 3 batches measured" in said
     assert "no such GPU" in said and "shares that are done are not done again" in said
+
+
+#: A training command that measures λ_c of 2 and 3 on both tasks and is interrupted where "stop" is.
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+log = pathlib.Path(sys.argv[sys.argv.index("--critical-sharpness-log") + 1])
+(log.parent / "pid").write_text(str(os.getpid()))
+if (log.parent / "stop").exists() and log.name == "share-1.partial":
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+with log.open("w") as file:
+    for iteration in (5, 6, 7):
+        for i, batch in enumerate(("train", "prose", "code")):
+            print(json.dumps(dict(iteration=iteration, batch=batch, status="found",
+                                  critical_sharpness=1.0 + i)), file=file)
+print("critical sharpness, frozen: parameters and buffers are what they were, sha256 " + "ab" * 32 +
+      " | steps and measurements took 3.0 s | peak memory of a process: 100.0 MiB |")
+"""
+
+
+def test_a_mistyped_command_does_not_lock_the_folder(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = [sys.executable, "-c", STAND_IN]
+    assert cli.main([*flags(tmp_path, data), "no-such-torchrun", *training]) == 1
+    said = capsys.readouterr().err
+    assert "-- no-such-torchrun: it cannot be started (No such file or directory); give" in said
+    assert cli.main([*flags(tmp_path, data), sys.executable, str(tmp_path / "trian.py")]) == 1
+    assert cli.main([*flags(tmp_path, data), *training]) == 0
+    assert cli.main([*flags(tmp_path, data), *training, "--lr", "1"]) == 1
+    assert "the training command has --lr 1, which it did not have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
