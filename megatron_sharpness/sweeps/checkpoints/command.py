@@ -91,22 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
     series = Series(out, Frozen.of(arguments, accumulate), own_moments=own_moments)
     missing = [c for c in checkpoints if not series.is_done(c)]
     print(f"{len(checkpoints)} checkpoints, of which {len(checkpoints) - len(missing)} are done")
-    skipped = series.estimate(missing)
-    if arguments.estimate and len(skipped) < len(missing):
-        return SKIPPED if skipped else 0
-    began = time.monotonic()
-    todo = [checkpoint for checkpoint in missing if checkpoint.label not in skipped]
-    for number, checkpoint in enumerate(todo, start=1):
-        try:
-            said = series.measure(checkpoint, f"{checkpoint.label}, {number} of {len(todo)}")
-        except RunFailed as error:
-            skipped[checkpoint.label] = str(error)
-            said = f"skipped: {error}".rstrip()
-        took = time.monotonic() - began
-        left = took / number * (len(todo) - number)
-        print(
-            f"{checkpoint.label}: {said}; {took:.0f} s so far, about {left:.0f} s left", flush=True
-        )
+    try:
+        skipped = series.estimate(missing)
+        if arguments.estimate and len(skipped) < len(missing):
+            return SKIPPED if skipped else 0
+        skipped |= series.measure_all([c for c in missing if c.label not in skipped])
+    except KeyboardInterrupt:
+        done = sum(map(series.is_done, checkpoints))
+        raise KeyboardInterrupt(f"{done} of {len(checkpoints)} checkpoints are done") from None
 
     points = [p for c in checkpoints if series.is_done(c) for p in series.read(c)]
     if not points:
@@ -165,6 +157,26 @@ class Series:
             f"λ_c = {spread.mean:.4g} ± {spread.std:.2g} over {len(spread.finite)} batches; "
             f"nothing has changed, sha256 {report.sha256[:12]}…"
         )
+
+    def measure_all(self, checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+        """Measure these, and print what came of each.
+
+        Returns:
+            Why some could not be, by label.
+        """
+        began = time.monotonic()
+        failed: dict[str, str] = {}
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            label = checkpoint.label
+            try:
+                said = self.measure(checkpoint, f"{label}, {number} of {len(checkpoints)}")
+            except RunFailed as error:
+                failed[label] = str(error)
+                said = f"skipped: {error}".rstrip()
+            took = time.monotonic() - began
+            left = took / number * (len(checkpoints) - number)
+            print(f"{label}: {said}; {took:.0f} s so far, about {left:.0f} s left", flush=True)
+        return failed
 
     def estimate(self, missing: Sequence[Checkpoint]) -> dict[str, str]:
         """Time the first steps on a checkpoint that can be read, and print what all will cost.

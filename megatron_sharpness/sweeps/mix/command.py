@@ -79,20 +79,11 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [share for share in shares if not _records(out, share).exists()]
     if len(missing) < len(shares):
         print(f"{len(shares) - len(missing)} of {len(shares)} shares are in {out} already")
-    began = time.monotonic()
-    for number, share in enumerate(missing, start=1):
-        flags = ["--data-path", *mixture(arguments.vary, share, fixed), "--finetune"]
-        flags += ["--exit-on-missing-checkpoint"]  # Megatron would begin with random weights
-        try:
-            frozen.run(flags, _records(out, share), f"share {share:g}, {number} of {len(missing)}")
-        except RunFailed as error:
-            raise InputError(
-                f"share {share:g}: {error}Mend it and start this again: shares that are done are "
-                "not done again"
-            ) from None
-        took = time.monotonic() - began
-        left = took / number * (len(missing) - number)
-        print(f"share {share:g}: done; {took:.0f} s so far, about {left:.0f} s left", flush=True)
+    try:
+        _measure(frozen, out, {r: mixture(arguments.vary, r, fixed) for r in missing})
+    except KeyboardInterrupt:
+        done = sum(_records(out, share).exists() for share in shares)
+        raise KeyboardInterrupt(f"{done} of {len(shares)} shares are done") from None
 
     values, endings = read(out, shares)
     advice = recommend(values)
@@ -104,6 +95,24 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_table(values))
     print(format_advice(advice, Path(arguments.vary).name))
     print(*(out / name for name in ("mix.csv", "mix.png", "recommendation.json")), sep="\n")
+
+
+def _measure(frozen: Frozen, out: Path, mixtures: dict[float, list[str]]) -> None:
+    """Run the training command for each share, with its ``--data-path``."""
+    began = time.monotonic()
+    for number, (share, data) in enumerate(mixtures.items(), start=1):
+        flags = ["--data-path", *data, "--finetune"]
+        flags += ["--exit-on-missing-checkpoint"]  # Megatron would begin with random weights
+        try:
+            frozen.run(flags, _records(out, share), f"share {share:g}, {number} of {len(mixtures)}")
+        except RunFailed as error:
+            raise InputError(
+                f"share {share:g}: {error}Mend it and start this again: shares that are done are "
+                "not done again"
+            ) from None
+        took = time.monotonic() - began
+        left = took / number * (len(mixtures) - number)
+        print(f"share {share:g}: done; {took:.0f} s so far, about {left:.0f} s left", flush=True)
 
 
 def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counter[str]]]:

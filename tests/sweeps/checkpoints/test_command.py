@@ -184,6 +184,26 @@ def test_a_timed_command_does_not_lock_the_folder_and_a_missing_one_is_no_traceb
     assert measure(out, *load, "--measure", "8") == 1
 
 
+def test_ctrl_c_says_what_is_done(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out, load = tmp_path / "out", ["--load", str(run_folder)]
+    assert measure(out, *load, "--iterations", "20") == 0
+    capsys.readouterr()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", stop)
+    assert measure(out, *load) == 130
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "megatron-sharpness checkpoints: stopped; 1 of 3 checkpoints are done. To go on: "
+        f"megatron-sharpness checkpoints --out {out} --measure 6 --load "
+    )
+
+
 def test_estimate_prints_the_cost_and_ends(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

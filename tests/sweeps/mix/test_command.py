@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,23 @@ def test_a_mistyped_command_does_not_lock_the_folder(
     assert cli.main([*flags(tmp_path, data), *training]) == 0
     assert cli.main([*flags(tmp_path, data), *training, "--lr", "1"]) == 1
     assert "the training command has --lr 1, which it did not have" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_run_and_says_how_to_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stop").touch()
+    argv = [*flags(tmp_path, data), sys.executable, "-c", STAND_IN]
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == (
+        "megatron-sharpness mix: stopped; 1 of 2 shares are done. To go on: "
+        f"megatron-sharpness {shlex.join(argv)}\n"
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    (tmp_path / "stop").unlink()
+    assert cli.main(argv) == 0
+    assert "1 of 2 shares are in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
