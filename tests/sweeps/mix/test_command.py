@@ -14,6 +14,7 @@ import pytest
 
 from megatron_sharpness import cli
 from megatron_sharpness.sweeps.mix import command as mix
+from megatron_sharpness.sweeps.mix.recommendation import recommend
 from tests.domains import write_domains
 from tests.processes import ROOT, free_port
 
@@ -68,7 +69,7 @@ def test_the_sweep_measures_every_share_and_recommends_one(
     said = capsys.readouterr().out
     assert f"1 of 2 shares are in {tmp_path} already" in said
     assert (tmp_path / "share-0.jsonl").stat().st_mtime_ns == first
-    assert "recommended:" in said and "largest stable learning rate" in said
+    assert "recommended:" in said and "one step there raises no loss up to" in said
 
     table = read_csv(tmp_path / "mix.csv")
     assert [(row["share"], row["task"]) for row in table] == [
@@ -149,6 +150,21 @@ def test_ctrl_c_ends_the_run_and_says_how_to_go_on(
     (tmp_path / "stop").unlink()
     assert cli.main(argv) == 0
     assert "1 of 2 shares are in" in capsys.readouterr().out
+
+
+def test_what_a_learning_rate_is_of_is_said_and_so_are_too_few_batches(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*flags(tmp_path, data), sys.executable, "-c", STAND_IN]) == 0
+    said = capsys.readouterr().out
+    assert "(from 3 batches, too few to say how sure that is: 20 are needed" in said
+    assert "one step there raises no loss up to η = 0.667; code rises first" in said
+    assert "%:" not in said and "draws" not in said
+    assert "η is for one step along the update, with Adam's moments frozen at this point" in said
+    many = {share: {"prose": [2.0] * 20, "code": [3.0] * 20} for share in (0.0, 1.0)}
+    said = mix.format_advice(recommend(many), "prose")
+    assert "(chosen in 100% of the bootstrap's draws)" in said
+    assert "up to η = 0.667 (90 %: 0.667 to 0.667)" in said
 
 
 @pytest.mark.parametrize(
