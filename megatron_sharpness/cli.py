@@ -7,6 +7,7 @@ import what is heavy (torch, Megatron, matplotlib) only when they run.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
@@ -30,10 +31,14 @@ COMMANDS = {
     "estimate": (estimate, "predict what measuring would cost a run, in time and memory"),
 }
 
+#: Exit status after Ctrl-C, as shells have it.
+STOPPED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 for input that cannot be used, or one that
-    the command itself explains."""
+    """Run one command and return its exit status: 0, 1 for input that cannot be used, 130 after
+    Ctrl-C, or one that the command itself explains."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="megatron-sharpness", description="The commands beside training itself."
     )
@@ -47,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"megatron-sharpness {arguments.command}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        again = shlex.join(["megatron-sharpness", *argv])
+        said = f"stopped; {stop}. To go on: {again}" if stop.args else "stopped"
+        print(f"megatron-sharpness {arguments.command}: {said}", file=sys.stderr)
+        return STOPPED
 
 
 def version() -> str:

@@ -1,8 +1,9 @@
-"""λ_c over several batches."""
+"""λ_c over several batches, and how measurements ended."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,3 +45,8 @@ class Spread:
     def quantile(self, part: float) -> float:
         """Of all values, the upper one where it lies between two, so that ∞ makes no NaN."""
         return float(np.quantile(self.values, part, method="higher")) if self.values else math.nan
+
+
+def format_endings(endings: Mapping[str, int]) -> str:
+    """How measurements ended, and how many of them."""
+    return " ".join(f"{status}:{n}" for status, n in sorted(endings.items()))

@@ -26,8 +26,9 @@ from megatron_sharpness.sweeps.checkpoints.points import (
 from megatron_sharpness.sweeps.checkpoints.sources import Checkpoint, in_folder, of_hugging_face
 from megatron_sharpness.sweeps.runs import Frozen, Report, RunFailed
 from megatron_sharpness.sweeps.settings import keep_settings
+from megatron_sharpness.sweeps.spread import format_endings
 
-#: Exit status where checkpoints were skipped.
+#: Exit status where checkpoints were skipped, or have no number.
 SKIPPED = 3
 
 
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``megatron-sharpness checkpoints``."""
     runs.add_arguments(parser)
     parser.epilog = (
-        f"{parser.epilog} The exit status is 0, {SKIPPED} where a checkpoint was skipped, and 1 "
-        "where nothing could be done."
+        f"{parser.epilog} The exit status is 0, {SKIPPED} where a checkpoint was skipped or has no "
+        "number, and 1 where nothing could be done."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -91,22 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     series = Series(out, Frozen.of(arguments, accumulate), own_moments=own_moments)
     missing = [c for c in checkpoints if not series.is_done(c)]
     print(f"{len(checkpoints)} checkpoints, of which {len(checkpoints) - len(missing)} are done")
-    skipped = series.estimate(missing)
-    if arguments.estimate and len(skipped) < len(missing):
-        return SKIPPED if skipped else 0
-    began = time.monotonic()
-    todo = [checkpoint for checkpoint in missing if checkpoint.label not in skipped]
-    for number, checkpoint in enumerate(todo, start=1):
-        try:
-            said = series.measure(checkpoint, f"{checkpoint.label}, {number} of {len(todo)}")
-        except RunFailed as error:
-            skipped[checkpoint.label] = str(error)
-            said = f"skipped: {error}".rstrip()
-        took = time.monotonic() - began
-        left = took / number * (len(todo) - number)
-        print(
-            f"{checkpoint.label}: {said}; {took:.0f} s so far, about {left:.0f} s left", flush=True
-        )
+    try:
+        skipped = series.estimate(missing)
+        if arguments.estimate and len(skipped) < len(missing):
+            return SKIPPED if skipped else 0
+        skipped |= series.measure_all([c for c in missing if c.label not in skipped])
+    except KeyboardInterrupt:
+        done = sum(map(series.is_done, checkpoints))
+        raise KeyboardInterrupt(f"{done} of {len(checkpoints)} checkpoints are done") from None
 
     points = [p for c in checkpoints if series.is_done(c) for p in series.read(c)]
     if not points:
@@ -117,9 +110,22 @@ def run(arguments: argparse.Namespace) -> int:
     draw(points, out / "checkpoints.png")
     print(format_table(points))
     print(out / "checkpoints.csv", out / "checkpoints.png", sep="\n")
+    without = [point for point in points if not point.spread.values]
+    for point in without:
+        print(_why(point))
     if skipped:
         print(f"{len(skipped)} of {len(checkpoints)} were skipped: {', '.join(skipped)}")
-    return SKIPPED if skipped else 0
+    return SKIPPED if skipped or without else 0
+
+
+def _why(point: Point) -> str:
+    """Why a point has no number, and what to do."""
+    said = f"{point.checkpoint.label}: no λ_c of {point.batch}, but {format_endings(point.endings)}"
+    if point.reason:
+        said += f" ({point.reason})"
+    if point.own and point.own["status"] == "zero_lr":
+        said += ", at the checkpoint's own learning rate; give --moments warm:100 and another --out"
+    return said
 
 
 class Series:
@@ -160,11 +166,30 @@ class Series:
         report = self._run(self.frozen, checkpoint, self._path(checkpoint, ".jsonl"), shown)
         held = {"flags": checkpoint.flags, **asdict(report)}
         self._path(checkpoint, ".json").write_text(json.dumps(held, indent=2) + "\n")
-        spread = self.read(checkpoint)[0].spread
-        return (
-            f"λ_c = {spread.mean:.4g} ± {spread.std:.2g} over {len(spread.finite)} batches; "
-            f"nothing has changed, sha256 {report.sha256[:12]}…"
-        )
+        own = self.read(checkpoint)[0]
+        count = len(own.spread.finite or own.spread.values)
+        said = f"λ_c = {own.text} over {count} batches" if count else f"no λ_c, but {own.text}"
+        return f"{said}; nothing has changed, sha256 {report.sha256[:12]}…"
+
+    def measure_all(self, checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+        """Measure these, and print what came of each.
+
+        Returns:
+            Why some could not be, by label.
+        """
+        began = time.monotonic()
+        failed: dict[str, str] = {}
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            label = checkpoint.label
+            try:
+                said = self.measure(checkpoint, f"{label}, {number} of {len(checkpoints)}")
+            except RunFailed as error:
+                failed[label] = str(error)
+                said = f"skipped: {error}".rstrip()
+            took = time.monotonic() - began
+            left = took / number * (len(checkpoints) - number)
+            print(f"{label}: {said}; {took:.0f} s so far, about {left:.0f} s left", flush=True)
+        return failed
 
     def estimate(self, missing: Sequence[Checkpoint]) -> dict[str, str]:
         """Time the first steps on a checkpoint that can be read, and print what all will cost.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
         batches = list(dict.fromkeys(point.batch for point in points))
         for batch, color in zip(batches, [BLUE, *RUN_COLORS[3:]] * len(batches), strict=False):
             chosen = [point for point in points if point.batch == batch and point.spread.values]
+            if not chosen:
+                continue
             x = [places[point.checkpoint.label] for point in chosen]
             name = r"$\lambda_c$" if batch == TRAIN else rf"$\lambda_c^{{1\to 2}}$, {batch}"
             draw_band(axes, x, [p.spread for p in chosen], limits, color=color, label=name)
@@ -47,18 +50,23 @@ def draw(points: Sequence[Point], path: Path) -> None:
                 np.array([(point.own or {}).get(field) for point in known], dtype=float)
                 for field in OWN.values()
             )
-            axes.plot(x, first, "x", color=BLUE, markersize=9, label="as in the training")
-            axes.plot(x, edge, color=VERMILION, linewidth=1.3, label=r"$2/\eta-\gamma$")
-            axes.plot(
-                x, preconditioned, color=VERMILION, linewidth=1.3, linestyle=(0, (4, 2)),
-                label=r"$\frac{1+\beta_1}{1-\beta_1}(2/\eta-\gamma)$",
-            )  # fmt: skip
+            edge_style: dict[str, Any] = {"color": VERMILION, "linewidth": 1.3, "marker": "."}
+            for values, style in (
+                (first, {"label": "as in the training", "color": BLUE, "linestyle": "",
+                         "marker": "x", "markersize": 9}),
+                (edge, {"label": r"$2/\eta-\gamma$", **edge_style}),
+                (preconditioned, {"label": r"$\frac{1+\beta_1}{1-\beta_1}(2/\eta-\gamma)$",
+                                  "linestyle": (0, (4, 2)), **edge_style}),
+            ):  # fmt: skip
+                if np.isfinite(values).any():
+                    axes.plot(x, values, **style)
             panels[1].plot(x, lr, color=GREEN, marker="o")
             panels[1].set_title(r"learning rate $\eta$")
             panels[1].set_ylim(bottom=0)
         axes.set_yscale("log")
         axes.set_title("Critical sharpness at the checkpoints, and over 68 % of the batches")
-        axes.legend(frameon=False)
+        if axes.has_data():
+            axes.legend(frameon=False)
         panels[-1].set_xlabel(label)
 
 

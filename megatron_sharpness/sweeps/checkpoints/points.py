@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sharpness.core.measurement import TRAIN, relative_sharpness
 from megatron_sharpness.sweeps.checkpoints.sources import Checkpoint
-from megatron_sharpness.sweeps.spread import Spread
+from megatron_sharpness.sweeps.spread import Spread, format_endings
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Point:
         batch: ``train``, or the name of other data.
         spread: λ_c of each batch that has one.
         endings: how the measurements ended.
+        reason: of the first measurement that says why it has no number.
         sha256: of the model, before and after.
         own: the first step's record where its moments and its learning rate are the checkpoint's:
             the step that the training itself made next. None otherwise.
@@ -33,6 +34,7 @@ class Point:
     batch: str
     spread: Spread
     endings: Counter[str]
+    reason: str | None
     sha256: str
     own: Mapping[str, Any] | None
 
@@ -40,6 +42,13 @@ class Point:
     def lr(self) -> float | None:
         """η of the run at the checkpoint, where it is known."""
         return self.own["lr"] if self.own else None
+
+    @property
+    def text(self) -> str:
+        """Mean and standard deviation of λ_c, or how the measurements ended without a number."""
+        if self.spread.finite:
+            return f"{self.spread.mean:.4g} ± {self.spread.std:.2g}"
+        return "∞" if self.spread.values else format_endings(self.endings)
 
 
 def read_points(
@@ -65,6 +74,7 @@ def read_points(
                 batch,
                 spread=Spread(tuple(value for value in values if value is not None)),
                 endings=Counter(record["status"] for record in found),
+                reason=next((r["reason"] for r in found if r.get("reason")), None),
                 sha256=sha256,
                 own=found[0] if own_moments else None,
             )
@@ -90,12 +100,12 @@ def write_table(path: Path, points: Sequence[Point]) -> None:
              "q16", "q84", "rises_at_once", *OWN, "endings", "sha256"]
         )  # fmt: skip
         for p in points:
-            endings = " ".join(f"{status}:{n}" for status, n in sorted(p.endings.items()))
             own, spread = [(p.own or {}).get(field) for field in OWN.values()], p.spread
             table.writerow(
                 [p.checkpoint.label, p.checkpoint.iteration, p.checkpoint.tokens, p.batch,
                  len(spread.values), spread.mean, spread.median, spread.std, spread.quantile(0.16),
-                 spread.quantile(0.84), spread.rises_at_once, *own, endings, p.sha256]
+                 spread.quantile(0.84), spread.rises_at_once, *own,
+                 format_endings(p.endings), p.sha256]
             )  # fmt: skip
 
 
@@ -104,8 +114,7 @@ def format_table(points: Sequence[Point]) -> str:
     batches = list(dict.fromkeys(point.batch for point in points))
     shown: dict[str, dict[str, str]] = {}
     for point in points:
-        text = f"{point.spread.mean:.4g} ± {point.spread.std:.2g}"
-        shown.setdefault(point.checkpoint.label, {})[point.batch] = text
+        shown.setdefault(point.checkpoint.label, {})[point.batch] = point.text
     width = max(map(len, shown)) + 2
     lines = ["λ_c".ljust(width) + "".join(f"{batch:>22}" for batch in batches)]
     for label, texts in shown.items():

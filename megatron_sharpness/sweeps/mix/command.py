@@ -23,10 +23,10 @@ from megatron_sharpness.adaptive_mix.mixture import weights_at
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import TRAIN, relative_sharpness
 from megatron_sharpness.sweeps import runs
-from megatron_sharpness.sweeps.mix.recommendation import Recommendation, recommend
+from megatron_sharpness.sweeps.mix.recommendation import ENOUGH, Recommendation, recommend
 from megatron_sharpness.sweeps.runs import Frozen, RunFailed
 from megatron_sharpness.sweeps.settings import keep_settings
-from megatron_sharpness.sweeps.spread import Spread
+from megatron_sharpness.sweeps.spread import Spread, format_endings
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -79,20 +79,11 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [share for share in shares if not _records(out, share).exists()]
     if len(missing) < len(shares):
         print(f"{len(shares) - len(missing)} of {len(shares)} shares are in {out} already")
-    began = time.monotonic()
-    for number, share in enumerate(missing, start=1):
-        flags = ["--data-path", *mixture(arguments.vary, share, fixed), "--finetune"]
-        flags += ["--exit-on-missing-checkpoint"]  # Megatron would begin with random weights
-        try:
-            frozen.run(flags, _records(out, share), f"share {share:g}, {number} of {len(missing)}")
-        except RunFailed as error:
-            raise InputError(
-                f"share {share:g}: {error}Mend it and start this again: shares that are done are "
-                "not done again"
-            ) from None
-        took = time.monotonic() - began
-        left = took / number * (len(missing) - number)
-        print(f"share {share:g}: done; {took:.0f} s so far, about {left:.0f} s left", flush=True)
+    try:
+        _measure(frozen, out, {r: mixture(arguments.vary, r, fixed) for r in missing})
+    except KeyboardInterrupt:
+        done = sum(_records(out, share).exists() for share in shares)
+        raise KeyboardInterrupt(f"{done} of {len(shares)} shares are done") from None
 
     values, endings = read(out, shares)
     advice = recommend(values)
@@ -106,11 +97,29 @@ def run(arguments: argparse.Namespace) -> None:
     print(*(out / name for name in ("mix.csv", "mix.png", "recommendation.json")), sep="\n")
 
 
+def _measure(frozen: Frozen, out: Path, mixtures: dict[float, list[str]]) -> None:
+    """Run the training command for each share, with its ``--data-path``."""
+    began = time.monotonic()
+    for number, (share, data) in enumerate(mixtures.items(), start=1):
+        flags = ["--data-path", *data, "--finetune"]
+        flags += ["--exit-on-missing-checkpoint"]  # Megatron would begin with random weights
+        try:
+            frozen.run(flags, _records(out, share), f"share {share:g}, {number} of {len(mixtures)}")
+        except RunFailed as error:
+            raise InputError(
+                f"share {share:g}: {error}Mend it and start this again: shares that are done are "
+                "not done again"
+            ) from None
+        took = time.monotonic() - began
+        left = took / number * (len(mixtures) - number)
+        print(f"share {share:g}: done; {took:.0f} s so far, about {left:.0f} s left", flush=True)
+
+
 def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counter[str]]]:
     """λ_c of every task by share, and how the measurements ended.
 
     A batch counts where all of its tasks have a value: a number, or ∞ and 0 as
-    :func:`~megatron_sharpness.sweeps.spread.relative_sharpness` has them.
+    :func:`~megatron_sharpness.core.measurement.relative_sharpness` has them.
 
     Raises:
         InputError: nothing was measured at a share.
@@ -131,8 +140,8 @@ def read(out: Path, shares: Sequence[float]) -> tuple[Values, dict[float, Counte
         whole = [batch for batch in batches.values() if None not in batch.values()]
         if not whole:
             raise InputError(
-                f"share {share:g}: no batch has a value for every task; "
-                f"{_records(out, share)} says why: {dict(endings[share])}"
+                f"share {share:g}: no batch has a value for every task, but "
+                f"{format_endings(endings[share])}; {_records(out, share)} says why"
             )
         values[share] = {task: [float(batch[task] or 0.0) for batch in whole] for task in whole[0]}
     return values, endings
@@ -143,11 +152,11 @@ def write_table(path: Path, values: Values, endings: dict[float, Counter[str]]) 
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(
-            ["share", "task", "batches", "mean", "median", "std", "q16", "q84", "stable_lr",
+            ["share", "task", "batches", "mean", "median", "std", "q16", "q84", "critical_lr",
              "rises_at_once", "endings"]
         )  # fmt: skip
         for share, tasks in values.items():
-            shown = " ".join(f"{status}:{n}" for status, n in sorted(endings[share].items()))
+            shown = format_endings(endings[share])
             for task, numbers in tasks.items():
                 spread = Spread(tuple(numbers))
                 median = spread.median
@@ -175,12 +184,22 @@ def format_advice(advice: Recommendation, name: str) -> str:
             "no recommendation: at every share the loss of some task rises at once, whatever the "
             "learning rate; the model may not know all of this data, or be at a minimum of one"
         )
-    low, high = advice.lr_interval
+    is_sure = advice.batches >= ENOUGH
+    if is_sure:
+        basis = f"(chosen in {advice.votes[advice.share]:.0%} of the bootstrap's draws)"
+    else:
+        basis = (
+            f"(from {advice.batches} batches, too few to say how sure that is: {ENOUGH} are "
+            "needed, by a larger --measure and another --out)"
+        )
+
+    def interval(ends: tuple[float, float] | None, form: str) -> str:
+        return f" (90 %: {ends[0]:{form}} to {ends[1]:{form}})" if ends and is_sure else ""
+
     lines = [
-        f"recommended: {advice.share:.0%} {name} (chosen in {advice.votes[advice.share]:.0%} of "
-        "the bootstrap's draws)",
-        f"  largest stable learning rate there: {advice.lr:.3g} (90 %: {low:.3g} to {high:.3g}); "
-        f"{advice.limits} rises first",
+        f"recommended: {advice.share:.0%} {name} {basis}",
+        f"  one step there raises no loss up to η = {advice.lr:.3g}"
+        f"{interval(advice.lr_interval, '.3g')}; {advice.limits} rises first",
     ]
     if advice.crossing is None:
         lines.append(
@@ -188,11 +207,14 @@ def format_advice(advice: Recommendation, name: str) -> str:
             "is no trade-off between these tasks here"
         )
     else:
-        interval = ""
-        if advice.crossing_interval is not None:
-            left, right = advice.crossing_interval
-            interval = f" (90 %: {left:.0%} to {right:.0%})"
-        lines.append(f"  the tasks that limit cross at {advice.crossing:.0%}{interval}")
+        lines.append(
+            f"  the tasks that limit cross at {advice.crossing:.0%}"
+            f"{interval(advice.crossing_interval, '.0%')}"
+        )
+    lines.append(
+        "  η is for one step along the update, with Adam's moments frozen at this point, and not "
+        "that of a training: over many steps losses may rise well below it"
+    )
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sharpness.report.figure import INK, MUTED, RUN_COLORS, png
-from megatron_sharpness.sweeps.mix.recommendation import Recommendation
+from megatron_sharpness.sweeps.mix.recommendation import Array, Recommendation
 from megatron_sharpness.sweeps.spread import Spread
 
 
@@ -37,6 +37,7 @@ def draw_sweep(
 ) -> None:
     """Medians, the middle 68 % shaded, the crossing and the recommended share.
 
+    Between the shares η_c = 2/λ is linear, as the crossing has it, so that the lines cross there.
     A value of ∞, of a loss that rises at once, is drawn at the upper end, as a triangle.
 
     Args:
@@ -51,8 +52,9 @@ def draw_sweep(
         for task in values[shares[0]]
     }
     limits = limits_of(spread for found in spreads.values() for spread in found)
+    between = np.union1d(shares, np.linspace(shares[0], shares[-1], 500))
     for (task, found), color in zip(spreads.items(), RUN_COLORS * len(spreads), strict=False):
-        draw_band(axes, shares, found, limits, color=color, label=task)
+        draw_band(axes, shares, found, limits, color=color, label=task, between=between)
     if advice.crossing is not None:
         axes.axvline(advice.crossing, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)))
         side = 1 if advice.crossing < (shares[0] + shares[-1]) / 2 else -1
@@ -64,7 +66,7 @@ def draw_sweep(
     if 0 < advice.critical_sharpness < math.inf:
         axes.plot(
             advice.share, advice.critical_sharpness, "*", color=INK, markersize=14, zorder=5,
-            label=rf"recommended: r = {advice.share:g}, $\eta \leq$ {advice.lr:.2g}",
+            label=f"recommended: r = {advice.share:g}",
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel(f"share of {name}, r")
@@ -86,13 +88,22 @@ def draw_band(
     *,
     color: str,
     label: str,
+    between: Array | None = None,
 ) -> None:
-    """Medians and the middle 68 %; a median of ∞ is a triangle at the upper end."""
-    low, median, high = (
-        np.clip([spread.quantile(part) for spread in spreads], *limits)
-        for part in (0.16, 0.5, 0.84)
-    )
-    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    axes.plot(x, median, color=color, marker="o", label=label)
-    capped = np.array([spread.median == math.inf for spread in spreads])
-    axes.plot(np.array(x)[capped], median[capped], "^", color=color, markersize=9)
+    """Medians and the middle 68 %; a median of ∞ is a triangle at the upper end.
+
+    The lines are straight, or have η_c = 2/λ linear at all places ``between`` those of ``x``, which
+    ascend then.
+    """
+    band = [np.array([spread.quantile(part) for spread in spreads]) for part in (0.16, 0.5, 0.84)]
+    capped = np.isinf(band[1])
+    axes.plot(np.array(x)[capped], np.full(capped.sum(), limits[1]), "^", color=color, markersize=9)
+    places: Any = x
+    marked = None
+    if between is not None:
+        places, marked = between, np.searchsorted(between, x)
+        with np.errstate(divide="ignore"):  # η_c = 0 is λ = ∞
+            band = [2 / np.interp(between, x, 2 / np.maximum(line, limits[0])) for line in band]
+    low, median, high = np.clip(band, *limits)
+    axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(places, median, color=color, marker="o", markevery=marked, label=label)

@@ -19,6 +19,11 @@ Sweep = Mapping[float, Mapping[str, Sequence[float]]]
 #: Draws of the bootstrap, and the part of them that an interval holds.
 DRAWS, INTERVAL = 2000, 0.9
 
+#: Batches from which on that says how sure a median is. An interval of the bootstrap ends at two of
+#: the values measured, so that a count tells how often it holds the median, whatever the values'
+#: distribution: with 20 and more in 85 to 92 % of cases, with 10 in 77 %, with 3 in 75 %.
+ENOUGH = 20
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -27,8 +32,9 @@ class Recommendation:
     Attributes:
         share: of those measured, the one with the smallest max over tasks of the median λ_c^{1→2}.
         critical_sharpness: that value.
-        lr: η = 2/λ, the largest learning rate at which a step at this share raises no task's loss;
-            0 where there is none.
+        lr: η = 2/λ, the largest learning rate at which a step at this share raises no task's loss,
+            with Adam's moments as they are at this point; 0 where there is none. A training at
+            this learning rate may raise them.
         limits: the task whose loss rises first there.
         lr_interval: where ``lr`` lies in 90 % of bootstrap draws over the batches.
         votes: by share, the part of the draws that recommend it.
@@ -36,6 +42,8 @@ class Recommendation:
             η_c = 2/λ taken for linear between the two; None where the same task limits all.
         crossing_interval: of the crossing, in 90 % of the draws that have one; None if that are
             under half of them.
+        batches: measured, at the share that has the fewest; under :data:`ENOUGH` of them intervals
+            and votes say nothing.
     """
 
     share: float
@@ -46,6 +54,7 @@ class Recommendation:
     votes: dict[float, float]
     crossing: float | None
     crossing_interval: tuple[float, float] | None
+    batches: int
 
 
 def recommend(sweep: Sweep, *, seed: int = 0) -> Recommendation:
@@ -93,6 +102,7 @@ def recommend(sweep: Sweep, *, seed: int = 0) -> Recommendation:
         votes=votes,
         crossing=crossing,
         crossing_interval=_interval(crossings) if 2 * len(crossings) >= DRAWS else None,
+        batches=min(values.shape[1] for values in measured),
     )
 
 

@@ -22,7 +22,8 @@ SAID = (
     "steps and measurements took 3.0 s | peak memory of a process: 100.0 MiB |"
 )
 
-#: λ_c is the iteration, or 7; every third batch rises at once. A folder with a file "broken" fails.
+#: λ_c is the iteration, or 7; every third batch rises at once. A folder with a file "broken" fails,
+#: and where there is a file "ending" all measurements end so.
 TRAINING = f"""
 import json, pathlib, sys
 def given(flag, default=None):
@@ -31,6 +32,7 @@ step = int(given("--ckpt-step", "7"))
 folder = pathlib.Path(given("--load") or given("--hf-model"))
 if (folder / "broken").exists() or (folder / f"iter_{{step:07d}}" / "broken").exists():
     sys.exit("cannot read it")
+ending = folder / f"iter_{{step:07d}}" / "ending"
 last = min(int(given("--exit-interval", 1000)), int(given("--train-iters")))
 first = int(given("--critical-sharpness-frozen"))
 with open(given("--critical-sharpness-log"), "w") as file:
@@ -42,6 +44,10 @@ with open(given("--critical-sharpness-log"), "w") as file:
             status="not_descent" if rises else "found",
             critical_sharpness=None if rises else step + (i - first) % 3,
         )
+        if ending.exists():
+            record.update(status=ending.read_text(), critical_sharpness=None, lr=0.0,
+                          edge_of_stability=None, edge_of_stability_preconditioned=None)
+            record["reason"] = "out of memory" if record["status"] == "failed" else None
         print(json.dumps(record), file=file)
         if "--critical-sharpness-eval-data" in sys.argv:
             print(json.dumps({{**record, "batch": "code", "evaluations": 2}}), file=file)
@@ -172,6 +178,48 @@ def test_where_none_can_be_read_that_is_an_error(
         assert "none of the checkpoints could be measured" in capsys.readouterr().err
 
 
+def test_checkpoints_without_a_number_say_why_and_count_as_skipped(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for iteration, ending in ((20, "not_descent"), (40, "failed"), (60, "zero_lr")):
+        (run_folder / f"iter_{iteration:07d}" / "ending").write_text(ending)
+    for already in (False, True):
+        assert measure(out, "--load", str(run_folder)) == 3
+        said = capsys.readouterr().out
+        assert "nan" not in said
+        if not already:
+            assert "iter_0000020: λ_c = ∞ over 6 batches; nothing has changed" in said
+            assert "iter_0000060: no λ_c, but zero_lr:6; nothing has changed" in said
+        assert "iter_0000040: no λ_c of train, but failed:6 (out of memory)\n" in said
+        assert (
+            "iter_0000060: no λ_c of train, but zero_lr:6, at the checkpoint's own learning rate; "
+            "give --moments warm:100 and another --out\n"
+        ) in said
+        assert "iter_0000060" + "zero_lr:6".rjust(24) in said
+
+
+def test_a_legend_has_what_is_drawn(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    legends = []
+    monkeypatch.setattr(
+        Axes, "legend", lambda axes, **_: legends.append(axes.get_legend_handles_labels()[1])
+    )
+    for iteration in (20, 40, 60):
+        (run_folder / f"iter_{iteration:07d}" / "ending").write_text("zero_lr")
+    assert measure(tmp_path / "none", "--load", str(run_folder)) == 3
+    assert legends == []
+    (run_folder / "iter_0000020" / "ending").unlink()
+    assert measure(tmp_path / "one", "--load", str(run_folder)) == 3
+    (run_folder / "iter_0000020" / "ending").write_text("not_descent")
+    (run_folder / "iter_0000040" / "ending").unlink()
+    assert measure(tmp_path / "other", "--load", str(run_folder)) == 3
+    assert [len(labels) for labels in legends] == [4, 4]
+
+
 def test_a_timed_command_does_not_lock_the_folder_and_a_missing_one_is_no_traceback(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +230,26 @@ def test_a_timed_command_does_not_lock_the_folder_and_a_missing_one_is_no_traceb
     assert measure(out, *load, "--measure", "8", "--estimate") == 0
     assert measure(out, *load) == 0
     assert measure(out, *load, "--measure", "8") == 1
+
+
+def test_ctrl_c_says_what_is_done(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out, load = tmp_path / "out", ["--load", str(run_folder)]
+    assert measure(out, *load, "--iterations", "20") == 0
+    capsys.readouterr()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", stop)
+    assert measure(out, *load) == 130
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "megatron-sharpness checkpoints: stopped; 1 of 3 checkpoints are done. To go on: "
+        f"megatron-sharpness checkpoints --out {out} --measure 6 --load "
+    )
 
 
 def test_estimate_prints_the_cost_and_ends(

@@ -12,7 +12,7 @@ import pytest
 from megatron_sharpness import cli
 from megatron_sharpness.data.tokenize import python_prose, write_dataset
 from tests.launch.test_fsdp import TRANSFORMERS
-from tests.processes import ROOT, free_port, start_ranks
+from tests.processes import ROOT, start_ranks
 from tests.sweeps.checkpoints.test_command import table
 
 MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 4"""
@@ -70,7 +70,7 @@ def trained(
 
 def torchrun() -> list[str]:
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    return [*launch, "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return [*launch, "--standalone", "--nproc-per-node", "2"]
 
 
 def measure(out: Path, given: list[str], training: list[str], monkeypatch: Any) -> int:

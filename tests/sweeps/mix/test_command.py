@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import pytest
 
 from megatron_sharpness import cli
 from megatron_sharpness.sweeps.mix import command as mix
+from megatron_sharpness.sweeps.mix.recommendation import recommend
 from tests.domains import write_domains
-from tests.processes import ROOT, free_port
+from tests.processes import ROOT
 
 MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64
 --max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 8 --lr 1e-2 --vocab-size 257
@@ -29,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(script: str, data: Path) -> list[str]:
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    launch += ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    launch += ["--standalone", "--nproc-per-node", "2"]
     if script == "megatron":
         launch += ["-m", "megatron_sharpness.megatron", str(ROOT / "launch/pretrain_gpt.py")]
         launch += [*MEGATRON.split(), "--data-cache-path", str(data / "cache")]
@@ -66,7 +69,7 @@ def test_the_sweep_measures_every_share_and_recommends_one(
     said = capsys.readouterr().out
     assert f"1 of 2 shares are in {tmp_path} already" in said
     assert (tmp_path / "share-0.jsonl").stat().st_mtime_ns == first
-    assert "recommended:" in said and "largest stable learning rate" in said
+    assert "recommended:" in said and "one step there raises no loss up to" in said
 
     table = read_csv(tmp_path / "mix.csv")
     assert [(row["share"], row["task"]) for row in table] == [
@@ -130,6 +133,38 @@ def test_a_mistyped_command_does_not_lock_the_folder(
     assert cli.main([*flags(tmp_path, data), *training]) == 0
     assert cli.main([*flags(tmp_path, data), *training, "--lr", "1"]) == 1
     assert "the training command has --lr 1, which it did not have" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_run_and_says_how_to_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stop").touch()
+    argv = [*flags(tmp_path, data), sys.executable, "-c", STAND_IN]
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == (
+        "megatron-sharpness mix: stopped; 1 of 2 shares are done. To go on: "
+        f"megatron-sharpness {shlex.join(argv)}\n"
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    (tmp_path / "stop").unlink()
+    assert cli.main(argv) == 0
+    assert "1 of 2 shares are in" in capsys.readouterr().out
+
+
+def test_what_a_learning_rate_is_of_is_said_and_so_are_too_few_batches(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*flags(tmp_path, data), sys.executable, "-c", STAND_IN]) == 0
+    said = capsys.readouterr().out
+    assert "(from 3 batches, too few to say how sure that is: 20 are needed" in said
+    assert "one step there raises no loss up to η = 0.667; code rises first" in said
+    assert "%:" not in said and "draws" not in said
+    assert "η is for one step along the update, with Adam's moments frozen at this point" in said
+    many = {share: {"prose": [2.0] * 20, "code": [3.0] * 20} for share in (0.0, 1.0)}
+    said = mix.format_advice(recommend(many), "prose")
+    assert "(chosen in 100% of the bootstrap's draws)" in said
+    assert "up to η = 0.667 (90 %: 0.667 to 0.667)" in said
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sharpness.adaptive_mix.controller import MixController
 from megatron_sharpness.core.errors import InputError
-from megatron_sharpness.sweeps.mix.recommendation import recommend
+from megatron_sharpness.sweeps.mix.recommendation import ENOUGH, INTERVAL, recommend
 
 SHARES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -52,6 +52,28 @@ def test_scatter_shows_in_the_intervals_and_the_votes() -> None:
     wide = much.lr_interval[1] / much.lr_interval[0]
     assert wide > little.lr_interval[1] / little.lr_interval[0]
     assert recommend(sweep(1.0)) == much  # seeded
+
+
+def held(batches: int) -> float:
+    """How often the bootstrap's 90 % interval of a median holds it, whatever the distribution."""
+    n, middle = batches, batches // 2
+
+    def at_most(rank: int) -> float:
+        """The part of the draws whose median is among the lowest values, so many of them."""
+        p = rank / n
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(middle + 1, n + 1))
+
+    low, high = (
+        next(k for k in range(1, n + 1) if at_most(k) >= part)
+        for part in ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2)
+    )
+    return sum(math.comb(n, i) for i in range(low, high)) / 2**n
+
+
+def test_an_interval_of_enough_batches_holds_the_median_about_as_often_as_it_says() -> None:
+    assert held(3) == 0.75 and held(10) == pytest.approx(0.773, abs=1e-3)
+    assert all(0.85 <= held(batches) < 0.925 for batches in range(ENOUGH, 101))
+    assert recommend(sweep(batches=7)).batches == 7
 
 
 def test_where_one_task_limits_everywhere_nothing_crosses() -> None:
