@@ -31,7 +31,7 @@ NAMES = (
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=__doc__,
+        description=__doc__.split("\n\nEach benchmark")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="+", choices=[*NAMES, "all"], metavar="NAME",

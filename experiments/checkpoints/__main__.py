@@ -68,7 +68,7 @@ def _draw_series(axis: Any, runs: dict[str, list[training.Row]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Writes records and figure.")
     parser.add_argument("--work", type=Path, help="keeps the checkpoints; a series goes on there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

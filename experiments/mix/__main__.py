@@ -87,7 +87,7 @@ def _draw_runs(axis: Any, runs: analysis.Runs, names: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Writes records and figure.")
     parser.add_argument("domains", nargs="*", default=["prose", "code"], metavar="DOMAIN")
     parser.add_argument("--names", nargs=2, default=["prose", "code"])
     parser.add_argument("--out", type=Path, default=FOLDER)
