@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 from fsdp import checkpoint, data, train
 from fsdp.arguments import parse_arguments
 from fsdp.gpt import GPT, GPTConfig
+from fsdp.schedule import changed_schedule, learning_rate
 
 TEXT = f"--text {ROOT / 'README.md'}"
 GPT_FLAGS = "--num-layers 2 --hidden-size 32 --num-attention-heads 4"
@@ -265,12 +266,12 @@ def test_the_flags_that_are_named_keep_the_schedule(
     saved = runs("off").folder / "checkpoints/iter_0000003/progress.json"
     progress = json.loads(saved.read_text())
     longer = f"{RUN} --train-iters 8 --lr 5e-3"
-    said = train.changed_schedule(parse(monkeypatch, longer), progress)
+    said = changed_schedule(parse(monkeypatch, longer), progress)
     assert said is not None and "give --lr 0.01 --lr-decay-iters 6, or" in said
     args = parse(monkeypatch, f"{RUN} --train-iters 8 {flags}")
     if args.use_checkpoint_opt_param_scheduler:
         vars(args).update(progress["schedule"])
-    assert train.changed_schedule(args, progress) is None
+    assert changed_schedule(args, progress) is None
 
 
 def test_a_mix_follows_the_measurements_also_when_resumed(runs: Callable[[str], Run]) -> None:
@@ -414,7 +415,7 @@ def test_the_schedule_is_megatrons(style: str, monkeypatch: pytest.MonkeyPatch) 
         override_opt_param_scheduler=False,
     )  # fmt: skip
     for iteration in range(1, 25):
-        assert train.learning_rate(args, iteration) == pytest.approx(group["lr"], rel=1e-12)
+        assert learning_rate(args, iteration) == pytest.approx(group["lr"], rel=1e-12)
         theirs.step(1)
 
 
