@@ -15,7 +15,7 @@ import schedulefree
 from accelerate import Accelerator
 from torch.optim import SGD, AdamW
 
-from tests.pytorch.test_loops import Loop
+from tests.pytorch.loop import Loop
 
 warnings.simplefilter("ignore")
 
