@@ -10,7 +10,8 @@ import pytest
 from tests.processes import ROOT
 
 #: Slow tests of what rarely changes: other versions and trainers, whole sweeps, experiments made
-#: anew, four processes where two are tried too. By file, or by file and test.
+#: anew, four processes where two are tried too, rare situations in Megatron, and the CPU backend's
+#: own. By file, or by file and test; tests may mark themselves, too.
 RARE = (
     "tests/benchmarks/test_memory.py",
     "tests/experiments/test_phenomena.py::test_full_batch*",
@@ -19,8 +20,10 @@ RARE = (
     "tests/megatron/test_adaptive_mix.py",
     "tests/megatron/test_bridge.py",
     "tests/megatron/test_checkout.py",
-    "tests/megatron/test_configs.py::*-other*",
+    "tests/megatron/test_configs.py",
+    "tests/megatron/test_cpu.py",
     "tests/megatron/test_recipes.py",
+    "tests/megatron/test_situations.py",
     "tests/megatron/test_versions.py",
     "tests/pytorch/test_layouts.py::test_on_several_processes*4-*",
     "tests/sweeps/checkpoints/test_training.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,12 +56,23 @@ LAYOUTS = {
                          "--overlap-grad-reduce --overlap-param-gather"),
 }  # fmt: skip
 
+#: What every change is tried on: each precision, and each way in which ranks share a model.
+COMMON = {
+    "fp32", "bf16", "fp16 with skipped steps", "eval mode", "distributed optimizer",
+    "overlap in buckets", "muon distributed", "tp with sequence parallelism", "vpp", "ep",
+}  # fmt: skip
+
+
+def layouts(*names: str) -> list[Any]:
+    """Parameters of a test; those that are not common are rare."""
+    return [pytest.param(n, marks=() if n in COMMON else pytest.mark.rare) for n in names]
+
 
 #: The loss scale falls for three steps, and a scheduler that has not moved yet is at zero.
 STATUSES = {"fp16 with skipped steps": ["skipped_step", "zero_lr", "found"]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(*LAYOUTS))
 def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]
     plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
@@ -86,8 +98,8 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "layout",
-    ["bf16", "distributed optimizer fp32", "overlap in buckets", "tp pp", "vpp",
-     "ep with expert bias"],
+    layouts("bf16", "distributed optimizer fp32", "overlap in buckets", "tp pp", "vpp",
+            "ep with expert bias"),
 )  # fmt: skip
 def test_a_frozen_run_leaves_the_model_as_it_was(layout: str, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]
