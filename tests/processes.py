@@ -18,12 +18,13 @@ class Rendezvous:
     """Where the ranks of a run meet: a store that this process serves, as torchrun's agent does.
 
     So its port is taken from the moment that it is known; one that is found free and bound later
-    may be another's by then. It is there as long as this object.
+    may be another's by then. It is there as long as this object, and for one process group.
     """
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.port = str(self._store.port)
 
     def environment(self, rank: int) -> dict[str, str]:
         """What torchrun would add to the environment of a rank."""
@@ -33,9 +34,9 @@ class Rendezvous:
             "WORLD_SIZE": str(self.processes),
             "LOCAL_WORLD_SIZE": str(self.processes),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port),
+            "MASTER_PORT": self.port,
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",  # another one for each process group of a rank
+            "TORCHELASTIC_RESTART_COUNT": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
         }

@@ -30,16 +30,16 @@ from megatron_sharpness.core.errors import InputError
 def train(cases: str) -> None:
     """One rank of the runs of a file, one after the other, each with a process group of its own.
 
-    A case is folder, checkpoints to go on from, and command line.
+    A case is folder, port, checkpoints to go on from, and command line.
     """
     rank = os.environ["RANK"]
-    for number, (own, source, argv) in enumerate(json.loads(Path(cases).read_text())):
+    for own, port, source, argv in json.loads(Path(cases).read_text()):
         folder = Path(own)
         if source and rank == "0":
             copy_as_if_crashed(Path(source), folder / "checkpoints")
         while source and not (folder / "checkpoints").exists():
             time.sleep(0.01)
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        os.environ["MASTER_PORT"] = port
         with (
             (folder / f"output{rank}.txt").open("w") as output,
             contextlib.redirect_stdout(output),

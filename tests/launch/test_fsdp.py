@@ -155,6 +155,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         flags |= {"mix": mix, "mix, resumed": mix}
     if TRANSFORMERS is not None:
         flags |= {"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"}
+    meetings = {name: Rendezvous(2) for name in flags}
     cases = []
     for name, line in flags.items():
         own = folder / name
@@ -167,7 +168,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         if "resumed" in name:
             source = f"{folder / name.split(',')[0]}/checkpoints"
             argv += ["--load", f"{own}/checkpoints"]
-        cases.append((str(own), source, argv))
+        cases.append((str(own), meetings[name].port, source, argv))
     (folder / "cases.json").write_text(json.dumps(cases))
     started = start_ranks(
         ["-m", "tests.launch.fsdp_worker", "train", str(folder / "cases.json")],
