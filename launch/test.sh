@@ -49,7 +49,7 @@ if [[ "$chosen" != rare ]]; then
     ruff check . || status=1
     mypy || status=1
 fi
-# Two test files at a time: most tests wait for processes of their own, often for one at a time.
+# Three test files at a time: most tests wait for processes of their own, often for one at a time.
 python -m pytest -rs -m "$chosen" --durations 20 \
-    --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || status=1
+    --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@" || status=1
 exit "$status"
