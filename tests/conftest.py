@@ -17,7 +17,7 @@ RARE = (
     "tests/experiments/test_phenomena.py::test_full_batch*",
     "tests/experiments/test_phenomena.py::test_adam*",
     "tests/experiments/test_phenomena.py::test_critical_sharpness_of_a_gpt*",
-    "tests/launch/test_fsdp_data.py::test_a_hugging_face_dataset*", # needs another framework's
+    "tests/launch/test_fsdp_data.py::test_a_hugging_face_dataset*",  # another framework's
     "tests/megatron/test_adaptive_mix.py",
     "tests/megatron/test_bridge.py",
     "tests/megatron/test_checkout.py",
@@ -43,7 +43,6 @@ LONG = (
     "tests/experiments/test_phenomena.py",
     "tests/megatron/test_situations.py",
     "tests/megatron/test_number.py",
-    "tests/launch/test_fsdp_data.py::test_a_hugging_face_dataset*", # needs another framework's
     "tests/megatron/test_adaptive_mix.py",
     "tests/megatron/test_faults.py",
     "tests/sweeps/mix/test_command.py",
