@@ -49,7 +49,10 @@ if [[ "$chosen" != rare ]]; then
     ruff check . || status=1
     mypy || status=1
 fi
-# Three test files at a time: most tests wait for processes of their own, often for one at a time.
-python -m pytest -rs -m "$chosen" --durations 20 \
-    --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@" || status=1
+# More test files at a time than cores: most tests wait for processes of their own. Those of the rare
+# tests are many.
+files=3 timeout=300
+[[ "$chosen" == rare ]] && files=2 timeout=900
+python -m pytest -rs -m "$chosen" --durations 20 --timeout "$timeout" \
+    --numprocesses "$files" --dist loadfile --no-loadscope-reorder "$@" || status=1
 exit "$status"

@@ -57,7 +57,7 @@ class Settings:
             raise SettingError(
                 "tolerance",
                 self.tolerance,
-                "a relative width lies between 0 and 1; give 0.0625, or leave it out",
+                "a relative width lies between 0 and 1; give 0.25, or leave it out",
             )
         if self.initial_guess is not None and not 0.0 < self.initial_guess < math.inf:
             raise SettingError(

@@ -59,7 +59,7 @@ REFUSED = {
     f"{EVERY} -5": [f"{EVERY} -5", "positive", "give 100"],
     f"{EVERY} 2.5": [EVERY, "invalid int value", "2.5"],
     f"{EVERY} 10 --critical-sharpness-tolerance 1.0": [
-        "--critical-sharpness-tolerance 1.0", "between 0 and 1", "0.0625",
+        "--critical-sharpness-tolerance 1.0", "between 0 and 1", "0.25",
     ],
     f"{EVERY} 10 --critical-sharpness-tolerance 0": ["--critical-sharpness-tolerance 0.0"],
     f"{EVERY} 10 --critical-sharpness-tolerance nan": ["--critical-sharpness-tolerance nan"],

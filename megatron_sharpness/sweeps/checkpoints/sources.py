@@ -49,6 +49,8 @@ def in_folder(folder: Path, iterations: Sequence[int] | None) -> list[Checkpoint
         for path in folder.glob("iter_*")
         if re.fullmatch(r"iter_\d+", path.name)
     }
+    if not folder.is_dir():
+        raise InputError(f"{shown}: there is no such folder; give the --save of a run")
     if not found:
         raise InputError(f"{shown}: it holds no iter_… folder; give the --save of a run")
     if not (folder / TRACKER).is_file():
