@@ -304,7 +304,7 @@ def test_hugging_face_folders_have_their_moments_accumulated_and_other_data_its_
         (["--hf-model", "a", "--iterations", "3"], "--iterations: they are of --load"),
         (["--load", "RUN", "--revisions", "main"], "--revisions: they are of --hf-model"),
         (["--load", "RUN", "--iterations", "30"], "--iterations 30"),
-        (["--load", "/no/such"], "--load /no/such: it holds no iter_"),
+        (["--load", "/no/such"], "--load /no/such: there is no such folder"),
         (["--load", "RUN", "--eval-data", "x"], "--eval-data x: give NAME=PREFIX"),
     ],
 )
