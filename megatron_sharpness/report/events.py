@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.measurement import TAGS
 from megatron_sharpness.report.records import Curve, Logged
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -126,7 +127,9 @@ def _open(folder: Path) -> Any:
 
 
 def _tags(events: Any) -> list[str]:
-    return sorted(events.Tags()["scalars"])
+    """All but those that the measurements themselves are written under."""
+    tags = events.Tags()["scalars"]
+    return sorted(tag for tag in tags if re.split(r"/| vs ", tag)[0] not in TAGS)
 
 
 def _logged(events: Any) -> Logged:
@@ -135,10 +138,11 @@ def _logged(events: Any) -> Logged:
     for quantity in QUANTITIES:
         chosen = quantity.choose(_tags(events))
         if not chosen:
-            notes.append(
-                f"{quantity.name}: at the measurements only, no tag of the event files says it "
-                f"(there are {_some(_tags(events))})"
-            )
+            if tags := _tags(events):
+                notes.append(
+                    f"{quantity.name}: at the measurements only, no tag of the event files says it "
+                    f"(there are {_some(tags)})"
+                )
             continue
         taken, *others = chosen
         values = {event.step: event.value for event in events.Scalars(taken)}

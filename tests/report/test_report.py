@@ -18,7 +18,7 @@ from megatron_sharpness import cli
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import MISSED, STATUSES
 from megatron_sharpness.report.command import format_table, read_records
-from megatron_sharpness.report.events import QUANTITIES, read_tensorboard
+from megatron_sharpness.report.events import QUANTITIES, read_tensorboard, read_tensorboard_beside
 from megatron_sharpness.report.records import Run, column, read_batches, read_training_log
 from tests.processes import ROOT
 
@@ -162,6 +162,12 @@ def test_tensorboard_gives_loss_and_learning_rate(tmp_path: Path) -> None:
     for name, steps in (("loss", [1, 2]), ("lr", [2, 4])):
         np.testing.assert_array_equal(logged.curves[name].iteration, steps)
         np.testing.assert_array_equal(logged.curves[name].values, steps)
+
+
+def test_event_files_with_nothing_but_our_curves_need_no_word(tmp_path: Path) -> None:
+    tags = ("critical-sharpness", "critical-sharpness vs samples", "critical-learning-rate/code")
+    write_events(tmp_path, **{tag: [1] for tag in tags})
+    assert read_tensorboard_beside(tmp_path / "critical_sharpness.jsonl").notes == []
 
 
 @pytest.mark.parametrize(
