@@ -21,7 +21,7 @@ def test_the_sentences_of_the_readme_have_the_figures_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
     said = " ".join(readme.split("## What it costs\n")[1].split("\n## ")[0].split())
     prices = [case["price"][1] for case in load("probe")["results"].values()]
-    assert f"A probe costs {min(prices):.2f} to {max(prices):.2f} plain forward-only passes" in said
+    assert f"costs {min(prices):.2f} to {max(prices):.2f} plain forward-only passes" in said
     warm = [
         row["mean"]
         for row in load("passes")["results"]
