@@ -15,7 +15,7 @@ from fsdp import data
 from fsdp.gpt import GPTConfig
 from megatron_sharpness import arguments
 from megatron_sharpness.adaptive_mix import adaptive
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, bad_flag, flag_of
 from megatron_sharpness.data.tokenize import VOCAB_SIZE
 
 DESCRIPTION = "Pretrain a plain GPT, or any Hugging Face causal language model, with FSDP2."
@@ -166,13 +166,13 @@ def check(args: argparse.Namespace) -> None:
     shape = ("num_layers", "hidden_size", "num_attention_heads")
     if args.hf_model:
         for name, value in given.items():
-            raise bad(
+            raise bad_flag(
                 name, value, "--hf-model has a configuration of its own; change that, or leave "
                 "the flag out"
             )  # fmt: skip
     for name in () if args.hf_model else shape:
         if name not in given:
-            raise InputError(f"{_flag(name)}: missing; the GPT needs it, --hf-model does not")
+            raise InputError(f"{flag_of(name)}: missing; the GPT needs it, --hf-model does not")
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     each_step = args.micro_batch_size * args.world_size
     args.global_batch_size = args.global_batch_size or each_step
@@ -183,24 +183,24 @@ def check(args: argparse.Namespace) -> None:
                  "vocab_size"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise bad(name, value, "must be at least 1")
+            raise bad_flag(name, value, "must be at least 1")
     if args.global_batch_size % each_step:
-        raise bad(
+        raise bad_flag(
             "global_batch_size", args.global_batch_size,
             f"not a multiple of --micro-batch-size {args.micro_batch_size} times "
             f"{args.world_size} processes; give {each_step} or a multiple of it",
         )  # fmt: skip
     if args.lr_warmup_iters >= args.lr_decay_iters:
-        raise bad(
+        raise bad_flag(
             "lr_warmup_iters", args.lr_warmup_iters,
             f"must be less than --lr-decay-iters {args.lr_decay_iters}",
         )  # fmt: skip
     if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
-        raise bad("lr_decay_style", "WSD", "needs --lr-wsd-decay-iters too")
+        raise bad_flag("lr_decay_style", "WSD", "needs --lr-wsd-decay-iters too")
     if not args.hf_model:
         args.gpt = GPTConfig(**{"max_position_embeddings": args.seq_length, **given})
         if args.gpt.hidden_size % (2 * args.gpt.num_attention_heads):
-            raise bad(
+            raise bad_flag(
                 "hidden_size", args.gpt.hidden_size,
                 "each head needs the same, even number of channels; give a multiple of twice "
                 f"--num-attention-heads {args.gpt.num_attention_heads}",
@@ -208,7 +208,7 @@ def check(args: argparse.Namespace) -> None:
         check_sequence(args, args.gpt.max_position_embeddings, args.gpt.attention_dropout)
     data.check_arguments(args)
     if args.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
-        raise bad(
+        raise bad_flag(
             "tensorboard_dir", args.tensorboard_dir,
             "tensorboard is not installed; pip install tensorboard, or leave the flag out",
         )  # fmt: skip
@@ -223,20 +223,13 @@ def check(args: argparse.Namespace) -> None:
 def check_sequence(args: argparse.Namespace, positions: int | None, dropout: float) -> None:
     """Refuse what a model with these positions and this attention dropout cannot be."""
     if positions is not None and args.seq_length > positions:
-        raise bad("seq_length", args.seq_length, f"the model has {positions} positions only")
+        raise bad_flag("seq_length", args.seq_length, f"the model has {positions} positions only")
     if args.attention_backend == "flash" and torch.cuda.is_available() and not args.bf16:
-        raise bad("attention_backend", "flash", "on CUDA it computes in 16 bits; give --bf16 too")
+        raise bad_flag(
+            "attention_backend", "flash", "on CUDA it computes in 16 bits; give --bf16 too"
+        )
     if args.attention_backend == "flash" and dropout and not torch.cuda.is_available():
-        raise bad(
+        raise bad_flag(
             "attention_backend", "flash", f"on the CPU it has no dropout, and --attention-dropout "
             f"is {dropout}; give --attention-dropout 0, or leave --attention-backend out"
         )  # fmt: skip
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def bad(name: str, value: object, reason: str) -> InputError:
-    """An error that names the flag of ``name``, the value, the reason and the remedy."""
-    return InputError(f"{_flag(name)} {value}: {reason}.")

@@ -20,9 +20,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from fsdp.arguments import bad
 from megatron_sharpness.adaptive_mix.adaptive import AdaptiveMix
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, bad_flag
 from megatron_sharpness.pytorch import CriticalSharpness
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -90,11 +89,11 @@ def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
     if args.ckpt_step is None:
         found = latest_checkpoint("--load", args.load)
         if found is None and args.exit_on_missing_checkpoint:
-            raise bad("load", args.load, "it holds no checkpoint; give the folder of one")
+            raise bad_flag("load", args.load, "it holds no checkpoint; give the folder of one")
         return found
     found = Path(args.load, f"iter_{args.ckpt_step:07d}")
     if not (found / "progress.json").exists():
-        raise bad(
+        raise bad_flag(
             "ckpt_step", args.ckpt_step, f"--load {args.load} holds no such checkpoint; give an "
             "iteration that was saved"
         )  # fmt: skip
@@ -107,7 +106,7 @@ def check_folders(args: argparse.Namespace) -> None:
     if args.save and Path(args.save).resolve() != Path(args.load or os.devnull).resolve():
         held = latest_checkpoint("--save", args.save)
         if held is not None:
-            raise bad(
+            raise bad_flag(
                 "save", args.save, f"it holds the checkpoint {held.name}, which another run would "
                 f"overwrite; go on with that one by --load {args.save}, or give another folder"
             )  # fmt: skip

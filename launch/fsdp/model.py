@@ -19,9 +19,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fsdp import data
-from fsdp.arguments import bad, check_sequence
+from fsdp.arguments import check_sequence
 from fsdp.checkpoint import checkpoint_to_load
 from fsdp.gpt import GPT
+from megatron_sharpness.core.errors import bad_flag
 
 #: What is fetched of a Hugging Face repository beside its weights.
 FILES = ["*.json", "tokenizer*", "vocab*", "merges*"]
@@ -64,7 +65,7 @@ def _hugging_face(args: argparse.Namespace, loaded: bool) -> Built:
         import transformers
         from accelerate import init_empty_weights
     except ModuleNotFoundError as error:
-        raise bad(
+        raise bad_flag(
             "hf_model", args.hf_model, f"{error}; pip install transformers accelerate"
         ) from error
     automatic = transformers.AutoModelForCausalLM
@@ -98,7 +99,7 @@ def _hugging_face(args: argparse.Namespace, loaded: bool) -> Built:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             tokenize = data.tokens_of(tokenizer)
     except (OSError, ValueError) as error:
-        raise bad("hf_model", args.hf_model, str(error)) from error
+        raise bad_flag("hf_model", args.hf_model, str(error)) from error
     return Built(model.train(), vocabulary, tokenize, weights)
 
 

@@ -6,6 +6,8 @@ import argparse
 import math
 from typing import Any
 
+from megatron_sharpness.core.errors import flag_of
+
 
 def learning_rate(args: argparse.Namespace, iteration: int) -> float:
     """The learning rate of an iteration, counted from 1, by Megatron's rule."""
@@ -39,7 +41,7 @@ def changed_schedule(args: argparse.Namespace, progress: dict[str, Any]) -> str 
     if rate == learning_rate(theirs, ended + 1):
         return None
     flags = [
-        f"--{name.replace('_', '-')} {value}"
+        f"{flag_of(name)} {value}"
         for name, value in saved.items()
         if value is not None and value != getattr(args, name)
     ]

@@ -22,6 +22,16 @@ def refuse(reasons: Mapping[str, bool]) -> None:
         raise InputError("critical sharpness cannot be measured here: " + ". And ".join(found))
 
 
+def flag_of(name: str) -> str:
+    """The command-line flag whose value is kept under this name."""
+    return "--" + name.replace("_", "-")
+
+
+def bad_flag(name: str, value: object, reason: str) -> InputError:
+    """An error that names the flag of ``name``, the value, the reason and the remedy."""
+    return InputError(f"{flag_of(name)} {value}: {reason}.")
+
+
 class SettingError(InputError):
     """One setting cannot be used.
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sharpness.core.errors import InputError
-from megatron_sharpness.estimate.configuration import Run, bad, parse_flags, plan, split
+from megatron_sharpness.core.errors import InputError, bad_flag
+from megatron_sharpness.estimate.configuration import Run, parse_flags, plan, split
 from megatron_sharpness.estimate.model import (
     HOST_BANDWIDTH,
     INTERVALS,
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, value in vars(arguments).items():
         for number in value if name == "every" else [value]:
             if isinstance(number, int | float) and not 0 < number < math.inf:
-                raise bad(name, number, "must be positive and finite; give such a number")
+                raise bad_flag(name, number, "must be positive and finite; give such a number")
     flags = _read(arguments.config)
     if arguments.critical_sharpness_offload:
         flags.critical_sharpness_offload = arguments.critical_sharpness_offload
@@ -120,8 +120,9 @@ def _read(path: Path) -> argparse.Namespace:
         words = split(path.read_text())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise bad("config", path, f"cannot be read ({reason}); name a file of Megatron's flags") \
-            from error  # fmt: skip
+        raise bad_flag(
+            "config", path, f"cannot be read ({reason}); name a file of Megatron's flags"
+        ) from error
     try:
         return parse_flags(words)
     except InputError as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, bad_flag, flag_of
 
 #: Tokens of the vocabulary where the configuration does not say: Llama 2's, or the tokenizer's.
 VOCABULARY = 32000
@@ -119,7 +119,7 @@ def plan(flags: argparse.Namespace, gpus: int) -> Run:
     tensor, stages = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
     context = flags.context_parallel_size
     if gpus % (tensor * stages * context):
-        raise bad(
+        raise bad_flag(
             "gpus", gpus,
             f"not a multiple of {tensor * stages * context}, the tensor parallel {tensor} × "
             f"pipeline parallel {stages} × context parallel {context} of the configuration; give "
@@ -129,7 +129,7 @@ def plan(flags: argparse.Namespace, gpus: int) -> Run:
     each = flags.micro_batch_size * data
     samples = flags.global_batch_size or each
     if samples % each:
-        raise bad(
+        raise bad_flag(
             "global_batch_size", samples,
             f"not a multiple of --micro-batch-size {flags.micro_batch_size} × data parallel "
             f"{data}; give a multiple of {each}, or --gpus that suit it",
@@ -141,7 +141,7 @@ def plan(flags: argparse.Namespace, gpus: int) -> Run:
         ("ffn_hidden_size", "tensor_model_parallel_size"),
     ):
         if getattr(flags, name) % getattr(flags, divisor):
-            raise bad(
+            raise bad_flag(
                 name, getattr(flags, name),
                 f"not a multiple of {flag_of(divisor)} {getattr(flags, divisor)}; give a multiple "
                 "of it",
@@ -213,14 +213,14 @@ def _check_flags(flags: argparse.Namespace) -> None:
             raise InputError(f"{flag_of(name)}: missing; add it to the configuration")
     for name in ("num_experts", "multi_latent_attention"):
         if getattr(flags, name):
-            raise bad(
+            raise bad_flag(
                 name, getattr(flags, name),
                 "the estimate counts the parameters of dense models with plain attention only; "
                 "measure such a run instead, its log has the seconds",
             )  # fmt: skip
     for name, value in vars(flags).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise bad(name, value, "must be at least 1; give such a number")
+            raise bad_flag(name, value, "must be at least 1; give such a number")
 
 
 def _fill_in(flags: argparse.Namespace) -> None:
@@ -233,11 +233,3 @@ def _fill_in(flags: argparse.Namespace) -> None:
         flags.num_query_groups = flags.num_attention_heads
     flags.max_position_embeddings = flags.max_position_embeddings or flags.seq_length
     flags.vocab_size = flags.vocab_size or VOCABULARIES.get(flags.tokenizer_type, VOCABULARY)
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def bad(name: str, value: object, reason: str) -> InputError:
-    return InputError(f"{flag_of(name)} {value}: {reason}.")

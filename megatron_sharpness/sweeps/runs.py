@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, flag_of
 from megatron_sharpness.data import evaluation
 
 #: What :class:`~megatron_sharpness.core.frozen.FrozenRun` says at the end of a run.
@@ -74,7 +74,7 @@ def check(arguments: argparse.Namespace, forbidden: Sequence[str]) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(
-                f"--{name.replace('_', '-')} {value}: a number of steps or samples; give 1 or more"
+                f"{flag_of(name)} {value}: a number of steps or samples; give 1 or more"
             )
     try:
         evaluation.parse(arguments.eval_data)

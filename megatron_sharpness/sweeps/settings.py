@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, flag_of
 
 #: Launchers' flags with a value that say where processes run, meet and log, and not how many.
 _PLACES = {
@@ -63,7 +63,7 @@ def _changes(before: dict[str, Any], settings: dict[str, Any]) -> Iterator[str]:
             if changes:
                 yield f"the training command {', and '.join(changes)}"
         elif old != value:
-            yield f"--{name.replace('_', '-')} is {_shown(value)} and was {_shown(old)}"
+            yield f"{flag_of(name)} is {_shown(value)} and was {_shown(old)}"
 
 
 def _shown(value: Any) -> str:
