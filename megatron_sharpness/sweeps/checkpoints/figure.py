@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron_sharpness.core.measurement import TRAIN
 from megatron_sharpness.report.figure import BLUE, GREEN, RUN_COLORS, VERMILION, png
+from megatron_sharpness.sweeps.bands import draw_band, limits_of
 from megatron_sharpness.sweeps.checkpoints.points import OWN, Point
-from megatron_sharpness.sweeps.mix.figure import draw_band, limits_of
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
