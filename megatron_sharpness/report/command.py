@@ -12,14 +12,11 @@ from megatron_sharpness.report.records import (
     Logged,
     Run,
     read_batches,
-    read_records,
     read_training_log,
     records_file,
     run_name,
 )
 from megatron_sharpness.report.table import format_status, format_table
-
-__all__ = ["add_arguments", "format_table", "read_records", "run"]
 
 SUFFIXES = (".png", ".html")
 

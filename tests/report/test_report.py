@@ -17,9 +17,15 @@ import pytest
 from megatron_sharpness import cli
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import MISSED, STATUSES
-from megatron_sharpness.report.command import format_table, read_records
 from megatron_sharpness.report.events import QUANTITIES, read_tensorboard, read_tensorboard_beside
-from megatron_sharpness.report.records import Run, column, read_batches, read_training_log
+from megatron_sharpness.report.records import (
+    Run,
+    column,
+    read_batches,
+    read_records,
+    read_training_log,
+)
+from megatron_sharpness.report.table import format_table
 from tests.processes import ROOT
 
 
