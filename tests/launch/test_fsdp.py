@@ -6,10 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.sweeps.runs import REPORT
 from tests.domains import write_domains
-from tests.megatron.harness import other_data
+from tests.megatron.harness import other_data, training_lines
 from tests.processes import ROOT, Rendezvous, start_ranks
 from tests.trainers.harness import require
 
@@ -66,12 +63,7 @@ class Run:
 
     @property
     def training_lines(self) -> list[str]:
-        """The lines of the training log, without times."""
-        lines = [line for line in self.output.splitlines() if re.search(r"iteration +\d+/", line)]
-        return [
-            re.sub(r"^.*?iteration|elapsed time per iteration \(ms\): [\d.]+ \|", "", line)
-            for line in lines
-        ]
+        return training_lines(self.output)
 
     @property
     def all_records(self) -> list[dict[str, Any]]:
@@ -497,64 +489,3 @@ def test_a_token_outside_of_the_vocabulary_is_named(monkeypatch: pytest.MonkeyPa
     samples = data.Samples([np.full(100, 122)], np.array([100]), 32, seed=0)
     with pytest.raises(InputError, match=r"--vocab-size 100: the data holds token 122"):
         next(train.micro_batches(args, samples, 0, 100))
-
-
-def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    defaults = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", ROOT / "launch" / script, *arguments],
-        env=os.environ | defaults | variables,
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-#: Without llama_70b: this script's own GPT has no grouped-query attention, and refuses it by name.
-CONFIGS = [path for path in sorted(ROOT.glob("configs/*.args")) if path.stem != "llama_70b"]
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_slurm_starts_the_configurations_on_its_nodes(
-    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    result = launch(
-        "slurm_fsdp.sbatch", "--lr", "1e-3", DRY_RUN="1", CONFIG=str(config), OUT=str(tmp_path),
-        SLURM_NNODES="8", SLURM_JOB_ID="123", SLURM_SUBMIT_DIR=str(ROOT),
-    )  # fmt: skip
-    command = shlex.split(result.stdout)
-    assert command[command.index("--nnodes") + 1] == "8"
-    assert command[command.index("--master-port") + 1] == "20123"
-    flags = command[command.index("launch/fsdp/train.py") + 1 :]
-    assert flags[-4:] == [EVERY, "100", "--lr", "1e-3"]
-    args = parse(monkeypatch, shlex.join(flags))
-    assert (args.lr, args.bf16, args.gpt.swiglu or False) == (1e-3, True, "llama" in config.stem)
-
-
-def test_torchrun_needs_no_configuration_but_a_right_one() -> None:
-    result = launch(
-        "torchrun_fsdp.sh", "--hf-model", "folder", DRY_RUN="1", CONFIG="", DATA="--text 'a b'",
-        NODES="4", NODE_RANK="3", MASTER_ADDR="node0", EVERY="7",
-    )  # fmt: skip
-    command = shlex.split(result.stdout)
-    assert command[command.index("launch/fsdp/train.py") + 1 :] == [
-        "--text", "a b", "--save", "runs/fsdp_model/checkpoints",
-        "--load", "runs/fsdp_model/checkpoints", "--tensorboard-dir", "runs/fsdp_model/tensorboard",
-        EVERY, "7", "--hf-model", "folder",
-    ]  # fmt: skip
-    assert command[command.index("--node-rank") + 1] == "3"
-    refused = launch("torchrun_fsdp.sh", CONFIG="configs/none.args")
-    assert refused.returncode == 1
-    assert "CONFIG=configs/none.args: no such file" in refused.stderr
-
-
-def test_torchrun_says_once_what_is_refused(tmp_path: Path) -> None:
-    # By whichever rank is the first to see it: the one that says it is a slow one.
-    late = 'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(3)\n'
-    (tmp_path / "sitecustomize.py").write_text(late)
-    result = launch(
-        "torchrun_fsdp.sh", CONFIG="", GPUS_PER_NODE="2", CUDA_VISIBLE_DEVICES="",
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
-    )  # fmt: skip
-    assert result.returncode != 0
-    message = "launch/fsdp/train.py: error: the following arguments are required: --seq-length"
-    assert result.stderr.count(message) == 1
-    assert "Traceback" not in result.stderr.split("ChildFailedError")[0].split(message)[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -142,43 +140,3 @@ def test_a_bad_python_is_refused_by_name(checkout: Checkout, python: str) -> Non
     assert result.returncode == 1
     assert f"PYTHON={python} is not a Python 3.12 or 3.13" in result.stderr
     assert not (checkout.root / ".venv").exists()
-
-
-def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", script, *arguments],
-        env=os.environ | {"DRY_RUN": "1"} | variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-
-
-def test_torchrun_starts_the_configuration_on_several_nodes() -> None:
-    result = launch(
-        "launch/torchrun_gpt.sh", "--lr", "1e-3", NODES="4", NODE_RANK="3", MASTER_ADDR="node0"
-    )
-    command = shlex.split(result.stdout)
-    for part in ("--nnodes 4", "--node-rank 3", "--master-addr node0", "--num-layers 12"):
-        flag, value = part.split()
-        assert command[command.index(flag) + 1] == value
-    assert not any(word.startswith("#") for word in command)
-    assert command[-4:] == ["--measure-critical-sharpness-every", "100", "--lr", "1e-3"]
-
-
-def test_slurm_takes_its_nodes_from_the_job() -> None:
-    result = launch(
-        "launch/slurm_gpt.sbatch", SLURM_NNODES="8", SLURM_JOB_ID="123", SLURM_SUBMIT_DIR=str(ROOT)
-    )
-    command = shlex.split(result.stdout)
-    assert command[command.index("--nnodes") + 1] == "8"
-    assert command[command.index("--master-port") + 1] == "20123"
-    assert command[command.index("--tensor-model-parallel-size") + 1] == "2"
-
-
-def test_an_unknown_configuration_is_refused_by_name() -> None:
-    result = launch("launch/torchrun_gpt.sh", CONFIG="configs/none.args")
-    assert result.returncode == 1
-    assert "CONFIG=configs/none.args: no such file" in result.stderr
-    assert "configs/llama_7b.args" in result.stderr

@@ -14,7 +14,7 @@ from typing import Any
 from tests.megatron.forks import Fork
 from tests.processes import ROOT, Rendezvous, start_ranks
 
-__all__ = ["MODEL", "OBSERVED", "ROOT", "Run", "finish", "run", "start"]
+__all__ = ["MODEL", "OBSERVED", "ROOT", "Run", "finish", "run", "start", "training_lines"]
 
 #: A process that trains.
 Rank = subprocess.Popen[bytes] | Fork
@@ -43,6 +43,15 @@ def other_data(folder: Path) -> Path:
         )
     )
     return path
+
+
+def training_lines(output: str) -> list[str]:
+    """The lines of Megatron's training log in the output of a run, without times."""
+    lines = [line for line in output.splitlines() if re.search(r"iteration +\d+/", line)]
+    return [
+        re.sub(r"^.*?iteration|elapsed time per iteration \(ms\): [\d.]+ \|", "", line)
+        for line in lines
+    ]
 
 
 @dataclass
@@ -78,12 +87,7 @@ class Run:
 
     @property
     def training_lines(self) -> list[str]:
-        """The lines of the training log, without times."""
-        lines = [line for line in self.output.splitlines() if re.search(r"iteration +\d+/", line)]
-        return [
-            re.sub(r"^.*?iteration|elapsed time per iteration \(ms\): [\d.]+ \|", "", line)
-            for line in lines
-        ]
+        return training_lines(self.output)
 
     def expect_success(self) -> Run:
         assert self.returncode == 0, self.output[-6000:]
