@@ -22,6 +22,7 @@ python -m megatron_sharpness.cli tokenize "$out/data/python" --python-docs prose
     --max-bytes 4000000
 
 echo "2/3  Training with Megatron-LM: tensor parallel on 2 CPU processes (everything: $log)"
+echo "     $ITERATIONS iterations, every tenth is shown; the first line takes half a minute"
 arguments=(
     --num-layers 4 --hidden-size 128 --num-attention-heads 4
     --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope

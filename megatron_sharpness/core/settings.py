@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.measurement import TRAIN
@@ -77,6 +77,22 @@ class Settings:
         if self.watch not in ("first", "always"):
             raise SettingError("watch", self.watch, "give 'first' or 'always'")
 
+    @classmethod
+    def of(cls, owner: object, **given: Any) -> Settings:
+        """The settings that ``owner`` was given by name.
+
+        Raises:
+            TypeError: there is no such setting.
+            SettingError: a value cannot be used.
+        """
+        names = [field.name for field in fields(cls)]
+        for unknown in sorted(given.keys() - set(names)):
+            raise TypeError(
+                f"{type(owner).__name__} has no argument {unknown!r}; beside those of its own it "
+                f"takes {', '.join(names)}"
+            )
+        return cls(**given)
+
     def due(self, iteration: int) -> bool:
         """Whether the interval divides ``iteration``."""
         return self.every > 0 and iteration % self.every == 0
@@ -93,10 +109,23 @@ def check_names(names: Iterable[str]) -> None:
         SettingError: names the name, the reason and the remedy.
     """
     for name in names:
-        if name == TRAIN or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        if not isinstance(name, str) or name == TRAIN or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise SettingError(
                 "losses",
                 name,
                 "a name is a tag's last part, and 'train' is the step's own batch; give one of "
                 "letters, digits, '_', '.' and '-'",
             )
+
+
+def check_sinks(sinks: Iterable[object]) -> None:
+    """Refuse what no record can be written to.
+
+    Raises:
+        SettingError: names it, the reason and the remedy.
+    """
+    if not isinstance(sinks, Iterable):
+        raise SettingError("sinks", sinks, "give a list of them")
+    for sink in sinks:
+        if not callable(getattr(sink, "write", None)):
+            raise SettingError("sinks", sink, "it has no method write(measurement)")

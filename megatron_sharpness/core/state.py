@@ -17,7 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,9 @@ _CLOSED = (sys.stdlib_module_names - {"queue"}) | {
 _STRANGE = (
     AttributeError, TypeError, ValueError, LookupError, NotImplementedError, AssertionError, OSError
 )  # fmt: skip
+
+#: What is code, most often; of thousands of classes nearly all that there is.
+_CODE = frozenset({FunctionType, BuiltinFunctionType, type, property, classmethod, staticmethod})
 
 #: What ``nn.Module`` itself keeps in every module: hooks, parameters, children.
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -110,6 +113,8 @@ class State:
 
     def _visit(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
         """Keep one object, and say what is in it."""
+        if isinstance(value, (type, ModuleType)):
+            return self._visit_namespace(name, value) if id(value) in self._roots else ()
         if isinstance(value, Tensor):
             return self._visit_tensor(name, value)
         if isinstance(value, np.ndarray):
@@ -188,7 +193,7 @@ class State:
         if library in self._closed and not open_to_all:
             return ()
         attributes = {key: v for key, v in _attributes(value) if key not in self._ignored}
-        own = {} if isinstance(value, (type, ModuleType)) else getattr(value, "__dict__", {})
+        own = getattr(value, "__dict__", {})
         others = {key: v for key, v in attributes.items() if key not in own}
         self._put_back.append(lambda: _set_attributes(value, others))
         if own or hasattr(value, "__dict__"):
@@ -199,11 +204,17 @@ class State:
 
     def _classes(self, name: str, value: object) -> Iterable[tuple[str, object]]:
         """The classes of an object, whose attributes its methods may change, too."""
-        if isinstance(value, (type, ModuleType)):
-            return ()
         mine = [k for k in type(value).__mro__ if k.__module__.split(".")[0] not in self._closed]
         self._roots.update(map(id, mine))
         return [(f"{name}.{kind.__name__}", kind) for kind in mine]
+
+    def _visit_namespace(
+        self, name: str, value: type | ModuleType
+    ) -> Iterable[tuple[str, object]]:
+        """What a class or a Python module holds beside code."""
+        held = {key: v for key, v in _values(value) if key not in self._ignored}
+        self._put_back.append(lambda: _set_attributes(value, held))
+        return [(f"{name}.{key}", v) for key, v in held.items()]
 
     def _visit_function(self, name: str, function: FunctionType) -> Iterable[tuple[str, object]]:
         """What a function has kept of the scope that it was defined in."""
@@ -230,14 +241,17 @@ class State:
         return [*found, *self._classes(name, module)]
 
 
+def _values(value: type | ModuleType) -> Iterator[tuple[str, Any]]:
+    """Attributes of a class or a Python module that are no code."""
+    for key, held in list(vars(value).items()):
+        if type(held) in _CODE or key.startswith("__") or callable(held):
+            continue
+        if not isinstance(held, (classmethod, staticmethod, property)):
+            yield key, held
+
+
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Attributes of an object; of a class or a Python module those that are no code."""
-    if isinstance(value, (type, ModuleType)):
-        for key, held in list(vars(value).items()):
-            code = callable(held) or isinstance(held, (classmethod, staticmethod, property))
-            if not key.startswith("__") and not code:
-                yield key, held
-        return
+    """Attributes of an object: its own, and those in slots."""
     yield from list(getattr(value, "__dict__", {}).items())
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ())

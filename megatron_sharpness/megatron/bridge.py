@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import Meter, Sink
-from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 try:
@@ -70,7 +70,8 @@ class CriticalSharpnessCallback(Callback):
             raise SettingError("mode", mode, "give 'train' or 'eval'")
         if offload not in ("none", "cpu"):
             raise SettingError("offload", offload, "give 'none' or 'cpu'")
-        self._settings = Settings(every=every, **settings)
+        self._settings = Settings.of(self, every=every, **settings)
+        check_sinks(sinks)
         self._sinks = sinks
         self._mode = mode
         self._offload = offload == "cpu"

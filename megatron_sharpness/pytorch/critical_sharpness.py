@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from megatron_sharpness.core.errors import ProbeError, SettingError
 from megatron_sharpness.core.measurement import Measurement, Records
 from megatron_sharpness.core.meter import Meter, Sink
-from megatron_sharpness.core.settings import Settings, check_names
+from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.pytorch.losses import Evaluate, LossSum
 from megatron_sharpness.pytorch.step import ObservedStep
 from megatron_sharpness.pytorch.support import (
-    check_callables,
     inner_optimizer,
+    losses_by_name,
     optimizers_in,
     refuse_unsupported,
 )
@@ -83,13 +83,14 @@ class CriticalSharpness:
         **settings: Any,
     ) -> None:
         optimizers = [inner_optimizer(entry) for entry in optimizers_in(optimizer)]
-        self._settings = Settings(every=every, **settings)
+        self._settings = Settings.of(self, every=every, **settings)
         refuse_unsupported(model, optimizers, mode=mode, offload=offload)
         self._model = model
         self._optimizers = optimizers
-        self._losses = dict(losses or {})
-        check_names(self._losses)
-        check_callables(self._losses, sinks)
+        self._losses = losses_by_name(losses or {})
+        check_sinks(sinks)
+        if not isinstance(keep, Iterable):
+            raise SettingError("keep", keep, "give a list of objects")
         if frozen is not None and (not isinstance(frozen, int) or frozen < 0):
             raise SettingError("frozen", frozen, "a number of steps; give 0 or more, or None")
         self._frozen = frozen

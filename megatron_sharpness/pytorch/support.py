@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from megatron_sharpness.core.errors import InputError, SettingError
+from megatron_sharpness.core.settings import check_names
 from megatron_sharpness.pytorch.shards import local, shards_of
 
 
@@ -33,18 +34,19 @@ def optimizers_in(given: Any) -> list[Optimizer]:
         ) from None
 
 
-def check_callables(losses: Mapping[str, object], sinks: Sequence[object]) -> None:
-    """Refuse losses that are no functions, and sinks that nothing can be written to.
+def losses_by_name(given: Any) -> dict[str, Any]:
+    """The losses on other data.
 
     Raises:
-        InputError: names what it is.
+        SettingError: it is no dictionary of functions, by names that tags can have.
     """
-    for name, function in losses.items():
+    if not isinstance(given, Mapping):
+        raise SettingError("losses", given, "give a dictionary of functions by name")
+    check_names(given)
+    for name, function in given.items():
         if not callable(function):
             raise SettingError("losses", name, f"{function!r} is no function; give one")
-    for sink in sinks:
-        if not callable(getattr(sink, "write", None)):
-            raise SettingError("sinks", sink, "it has no method write(measurement)")
+    return dict(given)
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:

@@ -131,16 +131,13 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if record["status"] not in STATUSES:
-                raise ValueError(f"status {record['status']!r}")
-            of_batch = found.setdefault(record.get("batch", TRAIN), {})
-            of_batch[int(record["iteration"])] = record
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record = _parse(line)
+        except ValueError as error:
             raise InputError(
-                f"RUN {path}, line {number}: not a measurement ({error!r}); delete the line if a "
+                f"RUN {path}, line {number}: not a measurement ({error}); delete the line if a "
                 f"killed run cut it short, or {WHERE}"
-            ) from error
+            ) from None
+        found.setdefault(record.get("batch", TRAIN), {})[record["iteration"]] = record
     if not found[TRAIN]:
         raise InputError(
             f"RUN {path}: holds no measurement; train for more iterations, or measure more often: "
@@ -150,6 +147,25 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
         batch: [records[iteration] for iteration in sorted(records)]
         for batch, records in found.items()
     }
+
+
+def _parse(line: str) -> Record:
+    """The measurement in a line.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        raise ValueError("no JSON") from None
+    if not isinstance(record, dict):
+        raise ValueError("JSON, but no object")
+    if record.get("status") not in STATUSES:
+        raise ValueError(f"status {record.get('status')!r}")
+    if not isinstance(record.get("iteration"), int):
+        raise ValueError(f"iteration {record.get('iteration')!r}")
+    return record
 
 
 _LOG_LINE = re.compile(

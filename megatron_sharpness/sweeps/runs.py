@@ -30,8 +30,13 @@ REPORT = re.compile(
 _TAIL = 15
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that all sweeps have, those of :class:`Frozen` but for ``--accumulate``."""
+def add_arguments(parser: argparse.ArgumentParser, *, eval_data: bool = False) -> None:
+    """The arguments that all sweeps have, those of :class:`Frozen` but for ``--accumulate``.
+
+    Args:
+        parser: of the sweep.
+        eval_data: whether there is no sweep without other data.
+    """
     parser.fromfile_prefix_chars = "@"
     parser.convert_arg_line_to_args = (  # type: ignore[method-assign]
         lambda arg_line: shlex.split(arg_line, comments=True)
@@ -52,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-data",
         nargs="+",
         default=[],
+        required=eval_data,
         metavar="NAME=PREFIX",
         help="other data to measure too, as --critical-sharpness-eval-data takes them",
     )

@@ -228,12 +228,18 @@ def test_what_is_given_is_checked() -> None:
         (None, {}, "optimizer: NoneType is not a torch.optim.Optimizer"),
         (optimizer, {"frozen": 1.5}, "frozen=1.5: a number of steps"),
         (optimizer, {"losses": {"a": 1}}, "1 is no function"),
+        (optimizer, {"losses": [len]}, "losses=[<built-in function len>]: give a dictionary"),
+        (optimizer, {"losses": {3: len}}, "losses=3: a name is a tag's last part"),
         (optimizer, {"sinks": [3]}, "sinks=3: it has no method write"),
+        (optimizer, {"sinks": 3}, "sinks=3: give a list"),
+        (optimizer, {"keep": 3}, "keep=3: give a list"),
         (optimizer, {"watch": "never"}, "watch='never': give 'first' or 'always'"),
     ]
     for given, options, said in wrong:
         with pytest.raises(InputError, match=re.escape(said)):
             CriticalSharpness(model, given, **options)
+    with pytest.raises(TypeError, match=r"CriticalSharpness has no argument 'evry'; .* every, me"):
+        CriticalSharpness(model, optimizer, evry=3)
     sharpness = CriticalSharpness(model, optimizer)
     with pytest.raises(InputError, match=r"step=2\.5: a step has a whole number"):
         sharpness.after_step(2.5, lambda: (0.0, 1))  # type: ignore[arg-type]

@@ -88,10 +88,10 @@ def test_other_data_is_read_beside_and_drawn_capped_where_it_rises_at_once(tmp_p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"iteration": 10, "status": "found"}\n{"iterat', "line 2: not a measurement"),
+        ('{"iteration": 10, "status": "found"}\n{"iterat', "line 2: .*no JSON.; delete"),
         ('{"iteration": 10, "status": "fine"}\n', "line 1: not a measurement .*status 'fine'"),
-        ("[1]\n", "line 1: not a measurement"),
-        ('{"lr": 1}\n', "line 1: not a measurement"),
+        ("[1]\n", "line 1: not a measurement .JSON, but no object"),
+        ('{"lr": 1}\n', "line 1: not a measurement .status None"),
         ("\n", "holds no measurement; .*--measure-critical-sharpness-every, or every= in Python"),
     ],
 )

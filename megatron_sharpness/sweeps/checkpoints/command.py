@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     own_moments = arguments.moments == "checkpoint"
     series = Series(out, Frozen.of(arguments, accumulate), own_moments=own_moments)
     missing = [c for c in checkpoints if not series.is_done(c)]
-    print(f"{len(checkpoints)} checkpoints, of which {len(checkpoints) - len(missing)} are done")
+    print(f"checkpoints: {len(checkpoints)}, done: {len(checkpoints) - len(missing)}")
     try:
         skipped = series.estimate(missing)
         if arguments.estimate and len(skipped) < len(missing):

@@ -46,7 +46,7 @@ class Cost:
         return "\n".join(
             [
                 f"estimate, from the first steps on {label}, which take the longest:",
-                f"  each of {count} checkpoints: {frozen.accumulate} steps for the moments and "
+                f"  checkpoints: {count}, each with {frozen.accumulate} steps for the moments and "
                 f"{frozen.measure} that are measured, about {frozen.measure * self.passes} forward "
                 "passes beside theirs",
                 f"  start-up {self.start_up:.1f} s, a step {self.step:.3g} s, a measurement "

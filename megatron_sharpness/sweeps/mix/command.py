@@ -36,7 +36,7 @@ Values = dict[float, dict[str, list[float]]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``megatron-sharpness mix``."""
-    runs.add_arguments(parser)
+    runs.add_arguments(parser, eval_data=True)
     parser.add_argument(
         "--vary", required=True, metavar="PREFIX", help="the data whose share varies"
     )
@@ -239,8 +239,6 @@ def _check(arguments: argparse.Namespace) -> list[tuple[float, str]]:
             raise InputError(f"--shares {share:g}: a share of the data lies between 0 and 1")
     if arguments.accumulate < 0:
         raise InputError(f"--accumulate {arguments.accumulate}: a number of steps; give 0 or more")
-    if not arguments.eval_data:
-        raise InputError("--eval-data: missing; give the tasks, NAME=PREFIX …")
     given = arguments.fixed
     try:
         fixed = [(float(w), p) for w, p in zip(given[::2], given[1::2], strict=True)]

@@ -90,9 +90,9 @@ def test_the_series_of_a_run_with_its_own_moments(
     out = tmp_path / "out"
     assert measure(out, "--load", str(run_folder)) == 0
     said = capsys.readouterr().out
-    assert "3 checkpoints, of which 0 are done" in said
+    assert "checkpoints: 3, done: 0" in said
     # One step took 3 s, of which 0.5 s the measurement; 6 of each are to come.
-    assert "each of 3 checkpoints: 0 steps for the moments and 6 that are measured" in said
+    assert "checkpoints: 3, each with 0 steps for the moments and 6 that are measured" in said
     assert "about 30 forward passes" in said
     assert "a step 2.5 s, a measurement 0.5 s: about 18 s a checkpoint, 54 s in all" in said
     assert "100 MiB at the peak of a process" in said
@@ -133,7 +133,7 @@ def test_what_is_done_is_not_done_again(
     before = (out / "iter_0000020.jsonl").stat().st_mtime_ns
     assert [row["iteration"] for row in table(out)] == ["20", "40"]
     assert measure(out, *load) == 0
-    assert "3 checkpoints, of which 2 are done" in capsys.readouterr().out
+    assert "checkpoints: 3, done: 2" in capsys.readouterr().out
     assert (out / "iter_0000020.jsonl").stat().st_mtime_ns == before
     assert [row["iteration"] for row in table(out)] == ["20", "40", "60"]
     count = len(calls(out))
