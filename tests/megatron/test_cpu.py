@@ -53,6 +53,64 @@ def test_parts_of_other_sizes_are_gathered(tmp_path: Path) -> None:
     finish(processes, tmp_path, timeout=120.0).expect_success()
 
 
+PRODUCTS = """
+import torch
+torch.backends.mkldnn.enabled = False  # as on a CPU that has no kernels for 16 bits
+from megatron_sharpness.megatron import cpu
+cpu.install()
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func.__name__:
+            products.append((func.__name__, args[-1].dtype))
+        return func(*args, **(kwargs or {}))
+
+class Product(torch.autograd.Function):  # as Megatron's linear layers
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return grad @ b.transpose(1, 2), a.transpose(1, 2) @ grad
+
+for dtype in (torch.bfloat16, torch.float16):
+    products = []
+    a, b, c = (torch.randn(3, 4, 4).to(dtype).requires_grad_() for _ in range(3))
+    wide = [x.detach().float().requires_grad_() for x in (a, b, c)]
+    with Seen():
+        for product in (
+            lambda a, b, c: a @ b, lambda a, b, c: linear(a, b[0], c[0, 0]),
+            lambda a, b, c: torch.einsum("bij,bjk->bik", a, b),
+            lambda a, b, c: torch.baddbmm(c, a, b, beta=0.5, alpha=2.0),
+            lambda a, b, c: c[0].addmm(a[0], b[0]),
+            lambda a, b, c: Product.apply(a, b),
+        ):
+            found, expected = product(a, b, c), product(*wide)
+            assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
+            found.sum().backward()
+            expected.sum().backward()
+            assert torch.equal(a.grad, wide[0].grad.to(dtype)) and a.grad.dtype == dtype
+            for x in (a, b, c, *wide):
+                x.grad = None
+        assert len(products) >= 30 and {dtype for _, dtype in products} == {torch.float32}, products
+        out = torch.empty(3, 4, 4, dtype=dtype)
+        torch.bmm(a.detach(), b.detach(), out=out)  # as PyTorch does it
+        assert products[-1][1] == dtype
+    torch.testing.assert_close(out, (a @ b).detach())
+"""
+
+
+def test_products_that_the_cpu_has_no_kernel_for_are_made_in_fp32() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", PRODUCTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 BERT = """
 import sys
 from megatron_sharpness.megatron import cpu

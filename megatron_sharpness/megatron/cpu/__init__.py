@@ -15,7 +15,7 @@ import os
 # Compiled helpers of Megatron would need a compiler and gain nothing on a small CPU model.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-from megatron_sharpness.megatron.cpu import cuda, processes, stand_ins
+from megatron_sharpness.megatron.cpu import cuda, processes, products, stand_ins
 
 #: What Megatron must be told when it runs without a GPU: the local layers instead of Transformer
 #: Engine's, gloo instead of NCCL, and none of the fused CUDA kernels.
@@ -46,4 +46,5 @@ def install() -> None:
     processes.map_distributed()
     processes.fork_helpers()
     cuda.map_cuda()
+    products.multiply_in_fp32()
     stand_ins.replace_parts()

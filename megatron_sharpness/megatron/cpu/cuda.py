@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_sharpness.megatron.cpu.modes import stay_in
+
 _CPU = torch.device("cpu")
 
 
@@ -20,8 +22,7 @@ def map_cuda() -> None:
     _map_random_states()
     _map_profilers()
     _map_tensors()
-    mode: Any = _CudaOnCpu()
-    mode.__enter__()  # stays for the life of the process
+    stay_in(_CudaOnCpu())
 
 
 class _CudaOnCpu(TorchFunctionMode):
