@@ -42,9 +42,9 @@ def measure(observed: ObservedStep, meter: Any, schedule: Any, **options: Any) -
 
     line = observed.line
     reduce = partial(schedule.reduce, per_token=schedule.per_token)
-    line.begin(observed.optimizer)
+    line.begin()
     owned = sum(shard.main.numel() for entry, _ in line.lines for shard in entry.shards)
-    buffers = [buffer for chunk in line.gathers.chunks for buffer in chunk.buffers]
+    buffers = [buffer for chunk in line.model for buffer in chunk.buffers]
     gathered = sum(buffer.param_data.nbytes for buffer in buffers)
     copies: list[float] = []
     gathers: list[float] = []

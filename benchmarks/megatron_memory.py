@@ -21,7 +21,7 @@ before, measure = ObservedStep._before, ObservedStep.measure
 
 
 def observed_before(step: ObservedStep) -> None:
-    parameter = next(step.line.gathers.chunks[0].module.parameters())
+    parameter = next(step.line.model[0].module.parameters())
     peaks.append(Peak(parameter.device))  # Megatron's backend for the CPU says that CUDA is there
     before(step)
 
@@ -32,8 +32,9 @@ def observed_measure(step: ObservedStep, *args: Any, **kwargs: Any) -> Any:
     assert records[TRAIN].status == "found", records
     measured = peaks[-1].bytes()
     gather = Peak(peaks[-1].device)
-    for chunk in step.line.gathers.chunks:
-        chunk.start_param_sync(force_sync=True)
+    for chunk in step.line.model:
+        if not hasattr(chunk, "process_group"):  # FSDP2 gathers in its passes alone
+            chunk.start_param_sync(force_sync=True)
     ranks.write({"bytes": measured - gather.bytes(), "parameters": owned})
     return records
 

@@ -59,7 +59,8 @@ def measure(
     )  # θ_t and θ_{t+1} are read, the model is written
     gathered = sum(
         buffer.param_data.nbytes
-        for chunk in line.gathers.chunks
+        for chunk in line.model
+        if hasattr(chunk, "bucket_groups")  # FSDP gathers in its passes
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     )
     line.restore()

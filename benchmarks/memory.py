@@ -22,15 +22,22 @@ MEGATRON = """
 --max-position-embeddings 16 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1
 --global-batch-size 2 --train-iters 3 --mock-data --tokenizer-type NullTokenizer --vocab-size 257
 --split 100,0,0 --eval-iters 0 --eval-interval 1000 --lr 1e-3 --min-lr 1e-4
---lr-decay-style constant --log-interval 1 --use-distributed-optimizer
---measure-critical-sharpness-every 3
+--lr-decay-style constant --log-interval 1 --measure-critical-sharpness-every 3
 """
+DISTRIBUTED = "--use-distributed-optimizer"
+SHARDED = (
+    f"{DISTRIBUTED} --use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
+    "--ckpt-format fsdp_dtensor --overlap-grad-reduce --overlap-param-gather"
+)
+FSDP2 = "--use-torch-fsdp2 --untie-embeddings-and-output-weights --ckpt-format torch_dist"
 
 #: Case → processes, flags of Megatron or None for PyTorch, offload, bytes promised a parameter.
 CASES: dict[str, tuple[int, str | None, str, int]] = {
-    "Megatron, bf16": (1, "--bf16", "none", 4),
-    "Megatron, bf16, DP2": (2, "--bf16", "none", 4),
-    "Megatron, fp32": (1, "", "none", 8),
+    "Megatron, bf16": (1, f"--bf16 {DISTRIBUTED}", "none", 4),
+    "Megatron, bf16, DP2": (2, f"--bf16 {DISTRIBUTED}", "none", 4),
+    "Megatron, fp32": (1, DISTRIBUTED, "none", 8),
+    "Megatron-FSDP, bf16, 2 ranks": (2, f"--bf16 {SHARDED}", "none", 4),
+    "FSDP2 in Megatron, bf16, 2 ranks": (2, f"--bf16 {FSDP2}", "none", 4),
     "PyTorch, fp32": (1, None, "none", 8),
     "FSDP2, 2 ranks": (2, None, "none", 8),
     "PyTorch, fp32, offload cpu": (1, None, "cpu", 8),

@@ -8,7 +8,7 @@ pass takes at least 200 ms:
             at the bandwidth of a copy and those of the gather at the bandwidth of one all-gather,
             both measured in the same run, ÷ the forward pass
 
-FSDP2 gathers in every forward pass, a plain one too; so its limit has no gather.
+FSDP gathers in every forward pass, a plain one too; so its limit has no gather.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 from benchmarks import ranks
+from benchmarks.memory import DISTRIBUTED, FSDP2, SHARDED
 from benchmarks.results import between, markdown, spread
 
 REPETITIONS = 15
@@ -28,15 +29,18 @@ MEGATRON = """
 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 16 --train-iters 3
 --mock-data --tokenizer-type NullTokenizer --vocab-size 257 --split 100,0,0 --eval-iters 0
 --eval-interval 1000 --lr 1e-3 --min-lr 1e-4 --lr-decay-style constant --log-interval 1 --bf16
---use-distributed-optimizer --measure-critical-sharpness-every 3
+--measure-critical-sharpness-every 3
 """
 LAYOUTS = {
-    "Megatron DP2": (2, ""),
-    "Megatron DP2, overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
-    "Megatron TP2, sequence parallel": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "Megatron PP2": (2, "--pipeline-model-parallel-size 2"),
-    "Megatron TP2 × PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-                              "--sequence-parallel"),
+    "Megatron DP2": (2, DISTRIBUTED),
+    "Megatron DP2, overlap": (2, f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"),
+    "Megatron TP2, sequence parallel": (2, f"{DISTRIBUTED} --tensor-model-parallel-size 2 "
+                                           "--sequence-parallel"),
+    "Megatron PP2": (2, f"{DISTRIBUTED} --pipeline-model-parallel-size 2"),
+    "Megatron TP2 × PP2": (4, f"{DISTRIBUTED} --tensor-model-parallel-size 2 "
+                              "--pipeline-model-parallel-size 2 --sequence-parallel"),
+    "Megatron-FSDP": (2, SHARDED),
+    "FSDP2 in Megatron": (2, FSDP2),
     "FSDP2": (2, None),
 }  # fmt: skip
 

@@ -35,8 +35,8 @@ SCRATCH = {"input_tensor", "_fp8_workspaces"}
 
 #: Libraries whose objects are not looked into: their own business, or too much.
 _CLOSED = (sys.stdlib_module_names - {"queue"}) | {
-    "torch", "numpy", "megatron_sharpness", "megatron", "transformer_engine", "apex",
-    "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "lightning",
+    "torch", "numpy", "megatron_sharpness", "megatron", "megatron_fsdp", "transformer_engine",
+    "apex", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "lightning",
     "pytorch_lightning", "lightning_fabric", "olmo_core", "torchtitan", "deepspeed", "tensorboard",
     "wandb", "tqdm", "pandas", "PIL", "matplotlib",
 }  # fmt: skip
@@ -66,6 +66,7 @@ class State:
         parameters: whether to look at the modules' parameters and their gradients, too.
         opened: libraries whose objects are looked into.
         ignored: attributes that are left out, beside :data:`SCRATCH`.
+        without: objects that are left out.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class State:
         parameters: bool = False,
         opened: Iterable[str] = (),
         ignored: Iterable[str] = (),
+        without: Iterable[object] = (),
     ) -> None:
         self.plain: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -84,7 +86,8 @@ class State:
         self._closed = _CLOSED - set(opened)
         self._ignored = SCRATCH.union(ignored)
         self._put_back: list[Callable[[], object]] = []
-        self._seen: dict[int, object] = {}  # and held, so that no id is used again
+        # And held, so that no id is used again.
+        self._seen: dict[int, object] = {id(left_out): left_out for left_out in without}
         self._names: dict[int, str] = {}
         self._roots = {id(root) for root in roots.values()}
         for name, root in roots.items() if parameters else ():
@@ -161,8 +164,8 @@ class State:
         name = self._names.get(id(tensor), name)
         with torch.no_grad():
             held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if held.is_meta:
-            return ()
+        if held.is_meta or (held.numel() and not held.untyped_storage().nbytes()):
+            return ()  # without memory, or with its memory given back until it is gathered again
         self.tensors[name] = held
         # A tensor in which elements share memory can only have been written through another one.
         writable = not tensor.is_inference() and torch._debug_has_internal_overlap(held) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,11 @@ from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, quiet
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
-from megatron_sharpness.megatron.support import check_interfaces, refuse_unsupported
+from megatron_sharpness.megatron.support import (
+    check_interfaces,
+    faults_of_megatron,
+    refuse_unsupported,
+)
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.
@@ -228,6 +233,8 @@ def attach(args: Any) -> None:
     )
     check_log_is_writable(args)
     refuse_unsupported(args)
+    for fault in faults_of_megatron(args):
+        warnings.warn(f"Megatron itself is wrong here: {fault}", stacklevel=2)
     check_interfaces(NEEDED, getattr(training, "train_step", None))
     check_args = checkpointing.check_checkpoint_args
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.core.watch import Checksums
-from megatron_sharpness.megatron.shards import leaf_optimizers, shards_of
-from megatron_sharpness.megatron.shards.parameter_buffers import BufferGathers
+from megatron_sharpness.megatron.shards import Leaf, gathers_of, leaves_of
 
 
 class MegatronLine:
@@ -20,14 +19,16 @@ class MegatronLine:
 
     Args:
         model: the model chunks of this rank, as ``train_step`` gets them.
+        optimizer: the ``MegatronOptimizer`` that steps them.
         offload: keep the copies in host memory.
     """
 
-    def __init__(self, model: Sequence[Any], *, offload: bool) -> None:
+    def __init__(self, model: Sequence[Any], optimizer: Any, *, offload: bool) -> None:
         self.model = model
+        self.optimizer = optimizer
         self.offload = offload
-        self.lines: list[tuple[UpdateLine, Any]] = []
-        self.gathers = BufferGathers(model)
+        self.lines: list[tuple[UpdateLine, Leaf]] = []
+        self.gathers = gathers_of(model, optimizer)
         self.is_open = False
 
     @property
@@ -36,13 +37,12 @@ class MegatronLine:
         shards = [shard for line, _ in self.lines for shard in line.shards]
         return any(shard.model.dtype.itemsize < 4 for shard in shards)
 
-    def begin(self, optimizer: Any) -> None:
-        """Keep θ_t of all that ``optimizer`` is about to step."""
+    def begin(self) -> None:
+        """Keep θ_t of all that the optimizer is about to step."""
         self.is_open = False
-        self.gathers.forget()
         self.lines = [
-            (UpdateLine(shards_of(leaf), offload=self.offload), group)
-            for leaf, group in leaf_optimizers(optimizer)
+            (UpdateLine(leaf.shards(), offload=self.offload), leaf)
+            for leaf in leaves_of(self.optimizer)
         ]
         for line, _ in self.lines:
             line.begin()
@@ -61,8 +61,8 @@ class MegatronLine:
 
     def end(self) -> None:
         """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
-        for line, _ in self.lines:
-            line.end()
+        for line, leaf in self.lines:
+            line.end(leaf.shards())  # a step may put tensors in others' places
         self.is_open = True
         self.gathers.settle()
 
@@ -91,17 +91,19 @@ class MegatronLine:
         self.is_open = False
         self.lines = []
 
-    def products(self) -> Tensor:
+    def products(self, clip: float) -> Tensor:
         """The fields of :class:`StepProducts` over all ranks; fp64.
 
         g is the main gradient that the step has used, clipped as it was. Summed as Megatron sums
-        the gradient norm: each optimizer over its own group of ranks.
+        the gradient norm: each optimizer over its own groups of ranks.
+
+        Args:
+            clip: what Megatron has multiplied the gradients by.
         """
         device = torch.cuda.current_device()
         total = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=device)
-        for line, group in self.lines:
+        for line, leaf in self.lines:
             partial = torch.zeros_like(total)
-            line.products((shard.main.grad for shard in line.shards), partial)
-            torch.distributed.all_reduce(partial, group=group)
-            total += partial
+            line.products(leaf.gradients(clip), partial)
+            total += leaf.sum_up(partial)
         return total

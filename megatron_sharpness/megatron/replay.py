@@ -17,6 +17,7 @@ from megatron.core.utils import StragglerDetector, get_model_config
 from megatron_sharpness.core.replay import RandomStates, reduce_loss
 from megatron_sharpness.core.state import State
 from megatron_sharpness.data.evaluation import EvaluationSet
+from megatron_sharpness.megatron.shards import megatron_fsdp
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class MegatronRandomStates(RandomStates):
 
 def state_of(model: Sequence[Any]) -> State:
     """What the modules of this rank's model chunks keep beside their parameters."""
-    return State({f"model {i}": chunk.module for i, chunk in enumerate(model)})
+    return State({f"model {i}": megatron_fsdp.unwrapped(chunk) for i, chunk in enumerate(model)})
 
 
 def reduce_losses(

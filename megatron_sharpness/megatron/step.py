@@ -48,7 +48,7 @@ class ObservedStep:
     def __init__(self, optimizer: Any, model: Any, options: Any, *, offload: bool) -> None:
         self.optimizer = optimizer
         self.options = options
-        self.line = MegatronLine(model, offload=offload)
+        self.line = MegatronLine(model, optimizer, offload=offload)
         self.happened = False
         self._rates = (-1.0, -1.0)
         self._outcome: tuple[bool, float | None] = (False, None)
@@ -152,7 +152,7 @@ class ObservedStep:
     def _before(self) -> None:
         try:
             self._rates = _rates(self.optimizer.param_groups)
-            self.line.begin(self.optimizer)
+            self.line.begin()
         except Exception as caught:  # out of memory, say: the step itself goes on
             self._error = caught
             self.line.release()
@@ -198,9 +198,10 @@ class ObservedStep:
             self.line.release()
             return seen
         loss, _ = schedule.reduce(schedule.losses, None, per_token=schedule.per_token)
-        sums = self.line.products()
+        clip = self._clip_coefficient(grad_norm)
+        sums = self.line.products(clip)
         # The norm, too, may differ between ranks in its last bits, and with it all that follows.
-        sums = torch.cat((sums, sums.new_tensor([self._clip_coefficient(grad_norm)])))
+        sums = torch.cat((sums, sums.new_tensor([clip])))
         dist.broadcast(sums, src=0)
         *fields, clip = sums.tolist()
         products = StepProducts(*fields)

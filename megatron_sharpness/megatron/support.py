@@ -31,13 +31,6 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "reuse_grad_buf_for_mxfp8_param_ag": ("--reuse-grad-buf-for-mxfp8-param-ag", _QUANTIZED),
     "use_precision_aware_optimizer": ("--use-precision-aware-optimizer", _OTHER_WRITER),
     "optimizer_cpu_offload": ("--optimizer-cpu-offload", _OTHER_WRITER),
-    "use_megatron_fsdp": ("--use-megatron-fsdp", _OTHER_WRITER),
-    "use_custom_fsdp": ("--use-custom-fsdp", _OTHER_WRITER),
-    "use_torch_fsdp2": ("--use-torch-fsdp2", _OTHER_WRITER),
-    "overlap_param_gather_with_optimizer_step": (
-        "--overlap-param-gather-with-optimizer-step",
-        _OTHER_WRITER,
-    ),
     "qk_clip": ("--qk-clip", _OTHER_WRITER),
     "enable_cuda_graph": ("--enable-cuda-graph", _GRAPHS),
     "external_cuda_graph": ("--external-cuda-graph", _GRAPHS),
@@ -103,22 +96,44 @@ def _refusals(args: Any) -> Iterator[tuple[str, object, str]]:
     graphs = getattr(args, "cuda_graph_impl", None)
     if graphs not in (None, "none"):
         yield "--cuda-graph-impl", graphs, _GRAPHS
-    for name, flag in (
-        ("num_distributed_optimizer_instances", "--num-distributed-optimizer-instances"),
-        ("gtp_weight_remat_size", "--gtp-weight-remat-size"),
-    ):
-        if getattr(args, name, 1) > 1:
-            yield flag, getattr(args, name), "its sharding was never measured"
-    layer_wise = getattr(args, "use_layer_wise_distributed_optimizer", False)
-    if args.optimizer == "dist_muon" or (
-        layer_wise and not getattr(args, "use_layer_wise_param_layout", False)
-    ):
+    if getattr(args, "gtp_weight_remat_size", 1) > 1:
+        yield "--gtp-weight-remat-size", args.gtp_weight_remat_size, "it was never measured"
+    if _is_hybrid(args) and not getattr(args, "overlap_grad_reduce", False):
         yield (
-            "--optimizer",
-            args.optimizer,
-            "layers are dealt out to the data-parallel ranks outside of the parameter buffers, "
-            "which are what is written; from core_v0.18 on they lie in them",
+            "--num-distributed-optimizer-instances",
+            args.num_distributed_optimizer_instances,
+            "without --overlap-grad-reduce Megatron-FSDP does not reduce the gradients between its "
+            "instances, so that each trains weights of its own and there is no one θ; add it",
         )
+
+
+def _is_hybrid(args: Any) -> bool:
+    """Whether several instances of Megatron-FSDP share a training (HSDP)."""
+    instances = getattr(args, "num_distributed_optimizer_instances", 1)
+    return bool(getattr(args, "use_megatron_fsdp", False)) and instances > 1
+
+
+def faults_of_megatron(args: Any) -> list[str]:
+    """What Megatron itself is known to get wrong in this configuration, measured or not."""
+    if not getattr(args, "use_megatron_fsdp", False):
+        return []
+    found = []
+    if _is_hybrid(args) and getattr(args, "outer_dp_sharding_strategy", None) == "optim":
+        found.append(
+            "--outer-dp-sharding-strategy optim: Megatron-FSDP scales the gradients wrongly, and "
+            "the gradient norm is that of others; train with no_shard"
+        )
+    processes = getattr(args, "world_size", 0) // getattr(args, "pipeline_model_parallel_size", 1)
+    sharing = (getattr(args, "expert_tensor_parallel_size", None) or 1) * getattr(
+        args, "expert_model_parallel_size", 1
+    )
+    if getattr(args, "num_experts", None) and processes == sharing:
+        found.append(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: where no rank shares "
+            "its experts with another, Megatron-FSDP scales their gradients again in each "
+            "micro-batch; train with more processes, or with one micro-batch a step"
+        )
+    return found
 
 
 def check_interfaces(needed: Iterable[tuple[Any, str]], train_step: Any) -> None:

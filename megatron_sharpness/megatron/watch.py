@@ -38,7 +38,8 @@ def watch_over(line: MegatronLine, optimizer: Any) -> Watch:
             **dict(_globals()),
         }
 
-    return Watch(roots, opened=PACKAGES, ignored=SCRATCH)
+    scratch = line.gathers.scratch()
+    return Watch(roots, opened=PACKAGES, ignored=SCRATCH, without=scratch)
 
 
 def _globals() -> Iterator[tuple[str, object]]:

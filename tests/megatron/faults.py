@@ -13,6 +13,7 @@ from megatron.training import get_args
 
 from megatron_sharpness.core import update_line
 from megatron_sharpness.megatron import replay
+from megatron_sharpness.megatron.shards.gathers import AllGathers
 
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
@@ -65,6 +66,11 @@ def exception_in_evaluation_on_last_rank() -> None:
         _once(_raise(RuntimeError("injected")), replay.RecordingSchedule, "micro_batches")
 
 
+def exception_in_forward() -> None:
+    """In the second layer of a probe, on all ranks."""
+    _once(_raise(RuntimeError("injected")), TransformerLayer, "forward")
+
+
 def exception_in_forward_on_last_rank() -> None:
     """In the second layer of a probe, while other ranks gather the rest of the parameters."""
     if RANK == LAST:
@@ -111,6 +117,11 @@ def non_repeating_loss() -> None:
         return loss + (1e-4 if calls % 2 else 0.0), tokens
 
     replay.reduce_losses = noisy
+
+
+def stale_weights() -> None:
+    """Probes do not have the weights that they wrote gathered."""
+    AllGathers.sync = lambda self: None  # type: ignore[method-assign]
 
 
 def canonical() -> None:

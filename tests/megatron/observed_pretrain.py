@@ -1,4 +1,6 @@
-"""launch/pretrain_gpt.py, which at its end writes down a hash of everything that training changed.
+"""A training that at its end writes down a hash of everything that it changed.
+
+It runs launch/pretrain_gpt.py, or the script that ``OBSERVED_SCRIPT`` names.
 
 Run as a training script under ``python -m megatron_sharpness.megatron``. ``OBSERVED_OUT`` names the
 folder for one file a rank; ``OBSERVED_FAULT`` a fault to inject, see ``faults.py``, and
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from megatron.training import training
 from tests.digest import hash_of, random_states
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
+SCRIPT = os.environ.get("OBSERVED_SCRIPT", str(LAUNCH))
 
 
 def leaves(optimizer: Any) -> list[Any]:
@@ -32,8 +36,24 @@ def plain(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def weights(module: Any) -> list[Any]:
+    """What the forward pass reads of the parameters, as far as this rank keeps it."""
+    buffer = getattr(module, "param_and_grad_buffer", None)
+    if buffer is None:
+        return list(module.parameters())
+    kept = []  # Megatron-FSDP: raw buffers have gaps, and memory that was given back
+    for group in buffer.parameter_groups:
+        held = group.model_weight_buffer
+        for parameter in group.params:
+            if held is None:
+                kept.append(parameter)
+            else:
+                kept.append(held.get_item(held.param_idx[parameter], held.is_data_distributed))
+    return kept
+
+
 def snapshot(model: Any, optimizer: Any, scheduler: Any, iterator: Any) -> dict[str, str]:
-    parameters = [p for chunk in model for p in chunk.module.parameters()]
+    parameters = [p for chunk in model for p in weights(chunk.module)]
     stepped = [leaf for leaf in leaves(optimizer) if not leaf.is_stub_optimizer]
     mains = [p for leaf in stepped for p in leaf.get_parameters()]
     machine = get_rerun_state_machine()
@@ -93,4 +113,5 @@ if __name__ == "__main__":
         from tests.megatron import situations
 
         getattr(situations, situation)()
-    runpy.run_path(str(LAUNCH), run_name="__main__")
+    sys.path[0] = os.path.dirname(SCRIPT)
+    runpy.run_path(SCRIPT, run_name="__main__")

@@ -10,6 +10,20 @@ import pytest
 from megatron_sharpness.sweeps.runs import REPORT
 from tests.megatron.harness import other_data, run
 
+OVERLAP = "--bf16 --overlap-grad-reduce --overlap-param-gather"
+SHARDED = (
+    "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor "
+    "--data-parallel-sharding-strategy"
+)
+FULLY = f"{SHARDED} optim_grads_params"
+FSDP2 = "--use-torch-fsdp2 --untie-embeddings-and-output-weights --ckpt-format torch_dist"
+IN_STEP = (
+    f"--use-distributed-optimizer {OVERLAP} --overlap-param-gather-with-optimizer-step "
+    "--ckpt-format torch --num-layers 4 --pipeline-model-parallel-size 2 "
+    "--num-layers-per-virtual-pipeline-stage 1"
+)
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
 #: Layout → (processes, flags).
 LAYOUTS = {
     "fp32": (1, ""),
@@ -54,12 +68,45 @@ LAYOUTS = {
                  "--sequence-parallel --bf16 --use-distributed-optimizer"),
     "pp dp overlap": (4, "--pipeline-model-parallel-size 2 --bf16 --use-distributed-optimizer "
                          "--overlap-grad-reduce --overlap-param-gather"),
+    "instances": (4, f"--use-distributed-optimizer {OVERLAP} "
+                     "--num-distributed-optimizer-instances 2"),
+    "instances fp32": (4, "--use-distributed-optimizer --overlap-grad-reduce "
+                          "--num-distributed-optimizer-instances 2"),
+    "gathers in the step": (2, IN_STEP),
+    "gathers in the step dp": (4, IN_STEP),
+    "fsdp no_shard": (2, f"{SHARDED} no_shard --bf16"),
+    "fsdp no_shard overlap": (2, f"{SHARDED} no_shard --bf16 --overlap-grad-reduce"),
+    "fsdp optim": (2, f"{SHARDED} optim --bf16"),
+    "fsdp optim overlap": (2, f"{SHARDED} optim {OVERLAP}"),
+    "fsdp optim_grads": (2, f"{SHARDED} optim_grads --bf16"),
+    "fsdp optim_grads overlap": (2, f"{SHARDED} optim_grads {OVERLAP}"),
+    "fsdp": (2, f"{FULLY} --bf16"),
+    "fsdp fp32": (2, FULLY),
+    "fsdp overlap": (2, f"{FULLY} {OVERLAP}"),
+    "fsdp double buffers": (2, f"{FULLY} {OVERLAP} --fsdp-double-buffer"),
+    "fsdp steps the model's own": (2, f"{FULLY} --overlap-grad-reduce --overlap-param-gather "
+                                      "--megatron-fsdp-main-params-dtype auto"),
+    "fsdp recompute": (2, f"{FULLY} {OVERLAP} {RECOMPUTE}"),
+    "fsdp meta device": (2, f"{FULLY} {OVERLAP} --init-model-with-meta-device"),
+    "fsdp eval mode": (2, f"{FULLY} {OVERLAP} --critical-sharpness-mode eval"),
+    "fsdp offload": (2, f"{FULLY} {OVERLAP} --critical-sharpness-offload cpu"),
+    "fsdp ep": (4, f"{FULLY} {OVERLAP} --num-experts 4 --expert-model-parallel-size 2"),
+    # It makes the random states of the tensor-parallel ranks one, and dropout with them.
+    "fsdp tp": (4, f"{FULLY} {OVERLAP} --tensor-model-parallel-size 2 --sequence-parallel "
+                   "--hidden-dropout 0 --attention-dropout 0"),
+    "hsdp": (4, f"{FULLY} {OVERLAP} --num-distributed-optimizer-instances 2"),
+    "fsdp2": (2, f"{FSDP2} --bf16"),
+    "fsdp2 fp32": (2, FSDP2),
+    "fsdp2 kept": (2, f"{FSDP2} --bf16 --torch-fsdp2-no-reshard-after-forward"),
+    "fsdp2 recompute": (2, f"{FSDP2} --bf16 {RECOMPUTE}"),
+    "fsdp2 tp": (4, f"{FSDP2} --bf16 --tensor-model-parallel-size 2 --sequence-parallel"),
 }  # fmt: skip
 
 #: What every change is tried on: each precision, and each way in which ranks share a model.
 COMMON = {
     "fp32", "bf16", "fp16 with skipped steps", "eval mode", "distributed optimizer",
     "overlap in buckets", "muon distributed", "tp with sequence parallelism", "vpp", "ep",
+    "fsdp overlap", "fsdp2",
 }  # fmt: skip
 
 
@@ -99,7 +146,7 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "layout",
     layouts("bf16", "distributed optimizer fp32", "overlap in buckets", "tp pp", "vpp",
-            "ep with expert bias"),
+            "ep with expert bias", "fsdp overlap", "fsdp optim", "fsdp2"),
 )  # fmt: skip
 def test_a_frozen_run_leaves_the_model_as_it_was(layout: str, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]

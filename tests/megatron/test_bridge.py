@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -39,6 +40,13 @@ OVERLAP = {
     "ddp": {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
             "overlap_param_gather": True},
 }  # fmt: skip
+SHARDED = {
+    **DISTRIBUTED,
+    "ddp": {"use_megatron_fsdp": True, "use_distributed_optimizer": True,
+            "data_parallel_sharding_strategy": "optim_grads_params",
+            "overlap_grad_reduce": True, "overlap_param_gather": True,
+            "gradient_reduce_div_fusion": False},  # whose sum is NCCL's only
+}  # fmt: skip
 PP = {"pipeline_model_parallel_size": 2, "pipeline_dtype": "float32"}
 #: Between two stages, batched sends over gloo mix up activations and gradients.
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True,
@@ -55,6 +63,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         2, {**BF16, **DISTRIBUTED, "model": {**BF16["model"], **TP, "sequence_parallel": True}},
     ),
     "vpp": (2, {"layers": 4, "model": VPP, **DISTRIBUTED}),
+    "fsdp": (2, {**BF16, **SHARDED}),
 }  # fmt: skip
 
 STATUSES = {"fp16 with skipped steps": ["skipped_step", "found", "found"]}
@@ -104,6 +113,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     except subprocess.TimeoutExpired:
         os.killpg(worker.pid, signal.SIGKILL)
         output, _ = worker.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what Bridge has left running
+            os.killpg(worker.pid, signal.SIGKILL)
     assert worker.returncode == 0, output[-6000:]
     return {
         name: Run(

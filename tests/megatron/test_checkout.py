@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from megatron_sharpness.sweeps.runs import REPORT
 from tests.megatron.harness import MODEL, ROOT, Run, finish, other_data, run, start
 from tests.megatron.test_adaptive_mix import data, shares, train
+from tests.megatron.test_bitwise import FSDP2, FULLY, OVERLAP, SHARDED
 
 __all__ = ["data"]  # a fixture
 
@@ -58,6 +60,59 @@ def test_the_unmodified_script_is_measured(at_run_time: tuple[Run, Run]) -> None
     # so for 16 bits: expected answers.
     answers = {"found", "not_descent", "noise_limited"}
     assert {record["status"] for record in measured.relative_records} <= answers
+
+
+def version(checkout: Path) -> tuple[int, int]:
+    text = (checkout / "megatron" / "core" / "package_info.py").read_text()
+    numbers = dict(re.findall(r"^(MAJOR|MINOR) = (\d+)", text, re.MULTILINE))
+    return int(numbers["MAJOR"]), int(numbers["MINOR"])
+
+
+SECOND = (
+    "--use-megatron-fsdp --megatron-fsdp-version 2 --ckpt-format fsdp_dtensor "
+    "--data-parallel-sharding-strategy optim_grads_params"
+)
+
+#: Way of sharding → the first version that trains with it, and flags.
+SHARDINGS = {
+    "Megatron-FSDP": ((0, 16), f"{FULLY} --bf16"),
+    "Megatron-FSDP, overlap": ((0, 16), f"{FULLY} {OVERLAP}"),
+    "Megatron-FSDP, optim": ((0, 16), f"{SHARDED} optim --bf16"),
+    "Megatron-FSDP v2, fp32": ((0, 20), SECOND),
+    "Megatron-FSDP v2": ((0, 20), f"{SECOND} --bf16"),
+    "FSDP2": ((0, 19), f"{FSDP2} --bf16"),
+}
+
+
+@pytest.mark.parametrize("way", SHARDINGS)
+def test_the_unmodified_script_is_measured_however_it_shards(
+    way: str, checkout: Path, tmp_path: Path
+) -> None:
+    first, flags = SHARDINGS[way]
+    if version(checkout) < first:
+        pytest.skip(f"megatron-core {version(checkout)} does not train with {way}")
+    plain, measured = (
+        run(tmp_path / str(every), flags + " --critical-sharpness-watch always" * bool(every),
+            processes=2, every=every, pythonpath=[str(checkout)],
+            environment={"OBSERVED_SCRIPT": str(checkout / "pretrain_gpt.py")}).expect_success()
+        for every in (0, 2)
+    )  # fmt: skip
+    assert measured.hashes == plain.hashes
+    assert measured.training_lines == plain.training_lines
+    assert [record["status"] for record in measured.records] == ["found"] * 3
+
+
+def test_dist_muon_is_measured_as_it_was_before_0_18(checkout: Path, tmp_path: Path) -> None:
+    if version(checkout) != (0, 17):
+        pytest.skip("its older layout, with the emerging-optimizers that is installed, is 0.17's")
+    for overlap in ("", "--overlap-grad-reduce --overlap-param-gather"):
+        plain, measured = (
+            run(tmp_path / f"{overlap[-6:]}{every}", f"--optimizer dist_muon --bf16 {overlap}",
+                processes=2, every=every, pythonpath=[str(checkout)]).expect_success()
+            for every in (0, 2)
+        )  # fmt: skip
+        assert measured.hashes == plain.hashes
+        assert [record["status"] for record in measured.records] == ["found"] * 3
 
 
 def test_our_script_follows_a_mix_and_takes_frozen_steps_back(

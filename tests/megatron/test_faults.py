@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.megatron.harness import other_data, run
+from tests.megatron.test_bitwise import FSDP2, FULLY, OVERLAP
 
 DP = (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
 BUCKETS = (2, f"{DP[1]} --ddp-bucket-size 5000")
 TP = (2, "--tensor-model-parallel-size 2 --bf16")
 PP = (2, "--pipeline-model-parallel-size 2 --bf16")
+
+FSDP = (2, f"{FULLY} {OVERLAP}")
+FSDP2_TWO = (2, f"{FSDP2} --bf16")
 
 #: Fault → (layout, where the reason says it happened).
 FAULTS = {
@@ -23,11 +27,25 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+#: Those under Megatron-FSDP, where all ranks wait for one another in each layer.
+SHARDED_FAULTS = (
+    "exception_in_forward", "exception_after_forward_on_last_rank", "out_of_memory_in_snapshot",
+    "out_of_memory_in_move",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault", "reason"),
+    [
+        *((layout, fault, reason) for fault, (layout, reason) in FAULTS.items()),
+        *((FSDP, fault, "injected") for fault in SHARDED_FAULTS),
+        *((FSDP2_TWO, fault, "injected") for fault in SHARDED_FAULTS),
+    ],
+)
 def test_a_fault_on_one_rank_is_given_up_by_all_and_training_goes_on(
-    fault: str, tmp_path: Path
+    layout: tuple[int, str], fault: str, reason: str, tmp_path: Path
 ) -> None:
-    (processes, flags), reason = FAULTS[fault]
+    processes, flags = layout
     plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
     faulty = run(
         tmp_path / "faulty", flags, processes=processes, every=2,

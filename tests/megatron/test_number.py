@@ -12,6 +12,7 @@ from megatron_sharpness.core.search import TOLERANCES
 from megatron_sharpness.data import evaluation
 from tests.megatron import reference
 from tests.megatron.harness import MODEL, Run, finish, other_data, run
+from tests.megatron.test_bitwise import FSDP2, FULLY, SHARDED
 from tests.processes import start_ranks
 
 #: One step without dropout, so that layouts do not differ by their masks.
@@ -136,6 +137,57 @@ def test_critical_lr_does_not_depend_on_how_muon_is_sharded(tmp_path: Path) -> N
     for record in sharded:
         for name, rel in precision.items():
             assert record[name] == pytest.approx(whole[name], rel=rel), name
+
+
+UNTIED = "--untie-embeddings-and-output-weights"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """One step of the distributed optimizer, with embeddings tied and untied."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        ties: run(
+            folder / (ties or "tied"), f"--use-distributed-optimizer {ties}", processes=2, every=1,
+            model=ONE_STEP,
+        ).expect_success()
+        for ties in ("", UNTIED)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [
+    f"{SHARDED} no_shard", f"{SHARDED} optim", f"{SHARDED} optim_grads", FULLY,
+    f"{FULLY} {OVERLAP}", f"{FULLY} {OVERLAP} --fsdp-double-buffer",
+    f"{FULLY} --megatron-fsdp-main-params-dtype auto", f"{FSDP2}",
+    f"{FSDP2} --torch-fsdp2-no-reshard-after-forward",
+])  # fmt: skip
+def test_critical_lr_does_not_depend_on_how_fsdp_shards(
+    flags: str, tmp_path: Path, whole: dict[str, Run]
+) -> None:
+    result = run(tmp_path, flags, processes=2, every=1, model=ONE_STEP).expect_success()
+    (record,) = result.records
+    (expected,) = whole[UNTIED if UNTIED in flags else ""].records
+    assert record["status"] == expected["status"] == "found"
+    for name in ("loss", "slope", "update_norm", "critical_lr"):
+        assert record[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert record["evaluations"] == expected["evaluations"]
+
+
+@pytest.mark.parametrize("flags", [
+    FULLY, f"{FULLY} {OVERLAP}", f"{FSDP2} --torch-fsdp2-no-reshard-after-forward",
+])  # fmt: skip
+def test_weights_that_were_not_gathered_anew_give_another_number(
+    flags: str, tmp_path: Path, whole: dict[str, Run]
+) -> None:
+    result = run(
+        tmp_path, flags, processes=2, every=1, model=ONE_STEP,
+        environment={"OBSERVED_FAULT": "stale_weights"},
+    ).expect_success()  # fmt: skip
+    (record,) = result.records
+    (expected,) = whole[UNTIED if UNTIED in flags else ""].records
+    found = record["critical_lr"]
+    assert found is None or abs(found / expected["critical_lr"] - 1) > 0.01, record
 
 
 MIXTURE = (

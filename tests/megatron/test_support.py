@@ -74,14 +74,7 @@ def test_all_that_is_refused_is_named_at_once() -> None:
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
         ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
         ({"external_cuda_graph": True}, "--external-cuda-graph"),
-        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
-        ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
-        ({"optimizer": "dist_muon"}, "--optimizer dist_muon"),
-        (
-            {"optimizer": "muon", **LAYER_WISE, "use_layer_wise_param_layout": False},
-            "--optimizer muon",
-        ),
+        ({"gtp_weight_remat_size": 2}, "--gtp-weight-remat-size 2"),
         ({"qk_clip": True}, "--qk-clip"),
         ({"te_precision_config_file": "a.yaml"}, "--te-precision-config-file a.yaml"),
         ({"kitchen_config_file": "a.yaml"}, "--kitchen-config-file a.yaml"),
@@ -92,3 +85,22 @@ def test_what_was_never_run_is_refused(changes: dict[str, Any], flag: str) -> No
     with pytest.raises(ValueError, match="--measure-critical-sharpness-every") as refusal:
         support.refuse_unsupported(arguments(**changes))
     assert flag in str(refusal.value) and "Leave one of the two out" in str(refusal.value)
+
+
+HYBRID = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2}
+
+
+def test_instances_of_megatron_fsdp_that_are_never_brought_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"instances 2: without --overlap-grad-reduce .* no one θ"):
+        support.refuse_unsupported(arguments(**HYBRID))
+    support.refuse_unsupported(arguments(**HYBRID, overlap_grad_reduce=True))
+
+
+def test_what_megatron_itself_gets_wrong_is_told() -> None:
+    assert not support.faults_of_megatron(arguments(num_experts=4, world_size=2))
+    hybrid = arguments(**HYBRID, outer_dp_sharding_strategy="optim")
+    assert "--outer-dp-sharding-strategy optim" in support.faults_of_megatron(hybrid)[0]
+    experts = {"use_megatron_fsdp": True, "num_experts": 4, "expert_model_parallel_size": 2}
+    (told,) = support.faults_of_megatron(arguments(**experts, world_size=2))
+    assert "--expert-model-parallel-size 2" in told
+    assert not support.faults_of_megatron(arguments(**experts, world_size=4))

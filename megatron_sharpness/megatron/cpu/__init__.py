@@ -23,6 +23,7 @@ REQUIRED_FLAGS: tuple[tuple[str, ...], ...] = (
     ("--transformer-impl", "local"),
     ("--distributed-backend", "gloo"),
     ("--no-gradient-accumulation-fusion",),
+    ("--no-gradient-reduce-div-fusion",),  # a sum that is multiplied before is NCCL's only
     ("--no-persist-layer-norm",),
     ("--no-masked-softmax-fusion",),
     ("--no-bias-gelu-fusion",),
@@ -34,14 +35,19 @@ REQUIRED_FLAGS: tuple[tuple[str, ...], ...] = (
 
 
 def add_required_flags(argv: list[str]) -> list[str]:
-    """``argv`` with every flag of :data:`REQUIRED_FLAGS` that it does not set itself."""
+    """``argv`` with every flag of :data:`REQUIRED_FLAGS` that it does not set itself.
+
+    ``CUDA_DEVICE_MAX_CONNECTIONS``, too, is set to what Megatron insists on for CUDA's sake, unless
+    it is set: 1, and with FSDP anything else.
+    """
     given = {arg.split("=", 1)[0] for arg in argv}
+    sharded = given & {"--use-megatron-fsdp", "--use-torch-fsdp2"}
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8" if sharded else "1")
     return argv + [part for flag in REQUIRED_FLAGS if flag[0] not in given for part in flag]
 
 
 def install() -> None:
     """Map CUDA to the CPU in this process. Call it before anything of Megatron is imported."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, for CUDA's sake
     processes.single_process_rendezvous()
     processes.map_distributed()
     processes.fork_helpers()

@@ -107,7 +107,7 @@ class _Properties:
     name = "cpu"
     major, minor = 8, 0
     multi_processor_count = 1
-    total_memory = 0
+    total_memory = 2**40  # --init-model-with-meta-device divides by it
 
 
 class _Runtime:

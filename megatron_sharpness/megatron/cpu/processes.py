@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 #: Stores of this process, for as long as it lives.
 _SERVED: list[Any] = []
@@ -39,6 +41,7 @@ def map_distributed() -> None:
         setattr(dist, name, mapped)
         setattr(dist.distributed_c10d, name, mapped)
     _gather_uneven_parts()
+    _meshes_of_cpus()
 
 
 def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +56,13 @@ def _as_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class _Done:
+    """A collective that is over."""
+
+    def wait(self) -> bool:
+        return True
+
+
 def _gather_uneven_parts() -> None:
     """Gloo gathers parts of one size only, NCCL any: here they are filled up to the largest."""
     distributed: Any = dist
@@ -62,7 +72,7 @@ def _gather_uneven_parts() -> None:
         parts: list[torch.Tensor], part: torch.Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
         sizes = [each.numel() for each in parts]
-        if async_op or len(set(sizes)) == 1:
+        if len(set(sizes)) == 1:
             return gather(parts, part, group, async_op)
         filled = [part.new_zeros(max(sizes)) for _ in parts]
         own = part.new_zeros(max(sizes))
@@ -70,9 +80,20 @@ def _gather_uneven_parts() -> None:
         gather(filled, own, group)
         for each, whole in zip(parts, filled, strict=True):
             each.copy_(whole[: each.numel()].view_as(each))
-        return None
+        return _Done() if async_op else None
 
     distributed.all_gather = all_gather
+
+
+def _meshes_of_cpus() -> None:
+    mesh: Any = DeviceMesh
+    make = mesh.__init__
+
+    @functools.wraps(make)
+    def make_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        make(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    mesh.__init__ = make_on_cpu
 
 
 def fork_helpers() -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sharpness.megatron.shards.gathers import Gathers, Stepped
+
 
 def owns(optimizer: Any) -> bool:
     """Whether it is a ``DistributedOptimizer``."""
     return hasattr(optimizer, "model_param_gbuf_map")
 
 
-def pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def stepped(optimizer: Any) -> Iterator[Stepped]:
     """Main parameters, and the slices of the buffers that the forward pass reads them from."""
     for main_groups, model_groups in (
         (optimizer.shard_fp32_from_float16_groups, optimizer.model_float16_groups),
@@ -23,7 +25,26 @@ def pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     ):
         for mains, models in zip(main_groups, model_groups, strict=True):
             for main, model in zip(mains, models, strict=True):
-                yield main, _slice_of_buffer(optimizer, model)
+                yield Stepped(main, main, _slice_of_buffer(optimizer, model), main.grad)
+
+
+def sharded_over(optimizer: Any) -> Sequence[Any]:
+    """Groups of ranks beside those that Megatron sums the gradient norm over: none."""
+    return ()
+
+
+def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:
+    """Those of the chunks with parameter buffers that are gathered."""
+    chunks = [chunk for chunk in model if _is_gathered(getattr(chunk, "ddp_config", None))]
+    return [BufferGathers(chunks)] if chunks else []
+
+
+def _is_gathered(config: Any) -> bool:
+    """Whether a chunk's buffers are; with Muon's older layout it may be by DDP's hooks alone."""
+    if getattr(config, "use_megatron_fsdp", False):
+        return False
+    flags = ("use_distributed_optimizer", "overlap_param_gather")
+    return any(getattr(config, flag, False) for flag in flags)
 
 
 def _slice_of_buffer(optimizer: Any, parameter: Tensor) -> Tensor:
@@ -35,28 +56,19 @@ def _slice_of_buffer(optimizer: Any, parameter: Tensor) -> Tensor:
     return flat
 
 
-class BufferGathers:
+class BufferGathers(Gathers):
     """The all-gathers of the parameter buffers of a model, and Megatron's account of them.
 
     Args:
-        model: the model chunks of this rank; those without such an optimizer are left out.
+        chunks: of the model, on this rank.
     """
 
-    def __init__(self, model: Sequence[Any]) -> None:
-        self.chunks = [
-            chunk
-            for chunk in model
-            if getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False)
-        ]
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self.chunks = chunks
         self._groups = [group for chunk in self.chunks for group in _bucket_groups(chunk)]
         self._dispatched: list[bool] = []
 
-    def forget(self) -> None:
-        """A step is coming, after which the account is another one."""
-        self._dispatched = []
-
     def settle(self) -> None:
-        """Wait for gathers in flight, and keep Megatron's account of them as it is after a step."""
         if not self._dispatched:
             self._dispatched = [group.param_gather_dispatched for group in self._groups]
         for group in self._groups:
@@ -68,9 +80,7 @@ class BufferGathers:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Have the next forward pass see the shards of all ranks. :meth:`finish` must follow it.
-
-        They are gathered here, or, where Megatron gathers bucket by bucket ahead of its forward
+        """They are gathered here, or, where Megatron gathers bucket by bucket ahead of its forward
         pass (``--overlap-param-gather``), by that pass, behind its computation.
         """
         for chunk in self.chunks:
@@ -82,20 +92,17 @@ class BufferGathers:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """The gathers that a pass did not make since it broke off: the other ranks wait in them."""
         for chunk in self.chunks:
             if _gathers_ahead(chunk):
                 for group in reversed(_bucket_groups(chunk)):  # in the order of the pass
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def end(self) -> None:
-        """The gathers that are left to make, and Megatron's account as it was after the step."""
         if any(self._dispatched):  # what Megatron takes for gathered
             self.finish()
         self.put_account_back()
 
     def put_account_back(self) -> None:
-        """Have Megatron take for gathered what it did after the step."""
         for group, dispatched in zip(self._groups, self._dispatched, strict=True):
             group.param_gather_dispatched = dispatched
 

@@ -3,20 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from megatron_sharpness.megatron.shards.gathers import Stepped
 
 
-def pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Main parameters of a ``FP32Optimizer`` or a ``Float16OptimizerWithFloat16Params``, and where
-    the forward pass reads them."""
+def owns(optimizer: Any) -> bool:
+    """All that no other way owns: a ``FP32Optimizer``, a ``Float16OptimizerWithFloat16Params``."""
+    return True
+
+
+def stepped(optimizer: Any) -> Iterator[Stepped]:
+    """Main parameters, and where the forward pass reads them."""
     if not hasattr(optimizer, "float16_groups"):
-        yield from ((parameter, parameter) for parameter in optimizer.get_parameters())
+        for parameter in optimizer.get_parameters():
+            yield Stepped(parameter, parameter, parameter, parameter.grad)
         return
     halves = zip(optimizer.fp32_from_float16_groups, optimizer.float16_groups, strict=True)
     for mains, models in halves:
-        yield from zip(mains, models, strict=True)
+        for main, model in zip(mains, models, strict=True):
+            yield Stepped(main, main, model, main.grad)
     for mains in optimizer.fp32_from_fp32_groups:
-        yield from zip(mains, mains, strict=True)
+        for main in mains:
+            yield Stepped(main, main, main, main.grad)
+
+
+def sharded_over(optimizer: Any) -> Sequence[Any]:
+    """Groups of ranks beside those that Megatron sums the gradient norm over: none."""
+    return ()

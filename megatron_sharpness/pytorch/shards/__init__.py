@@ -1,8 +1,9 @@
 """How the parameters that an optimizer steps lie on the ranks, one file a way of sharding.
 
 All are asked the same: which shards this rank steps (:meth:`~tensors.Tensors.shards`), with which
-gradients (:meth:`~tensors.Tensors.gradients`), and to have the next forward pass see what was
-written to them (``sync``).
+gradients (:meth:`~tensors.Tensors.gradients`), whether its forward passes have read them
+(``check``), and, around what is written to them, to wait for what still reads them (``settle``) and
+to have the next forward pass see it (``sync``).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
+from megatron_sharpness.core.fully_sharded import FullyShardedModules
+from megatron_sharpness.pytorch.shards import megatron_fsdp
 from megatron_sharpness.pytorch.shards.dtensor import local
-from megatron_sharpness.pytorch.shards.fsdp2 import FullyShardedModules
-from megatron_sharpness.pytorch.shards.tensors import Tensors
+from megatron_sharpness.pytorch.shards.megatron_fsdp import MegatronFSDPShards
+from megatron_sharpness.pytorch.shards.tensors import Tensors, trained
 from megatron_sharpness.pytorch.shards.zero import ZeroShards
 
 __all__ = ["FullyShardedModules", "Tensors", "local", "shards_of"]
@@ -22,4 +25,6 @@ def shards_of(optimizer: Optimizer) -> Tensors:
     """Those of an optimizer, whichever way they are sharded."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         return ZeroShards(optimizer)
+    if any(map(megatron_fsdp.owns, trained(optimizer))):
+        return MegatronFSDPShards(optimizer)
     return Tensors(optimizer)

@@ -1,4 +1,4 @@
-"""FSDP2: a forward pass gathers the parameters, and may keep them."""
+"""PyTorch's FSDP2: a forward pass gathers the parameters, and may keep them."""
 
 from __future__ import annotations
 
