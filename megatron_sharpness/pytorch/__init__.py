@@ -1,7 +1,8 @@
 """Critical sharpness of models that are trained with PyTorch itself.
 
-Plain modules, DistributedDataParallel, FSDP2 (``fully_shard``), tensor-parallel DTensors,
-ZeroRedundancyOptimizer. The trainers above PyTorch are in :mod:`megatron_sharpness.trainers`.
+Plain modules, DistributedDataParallel, FSDP2 (``fully_shard``), the package megatron-fsdp,
+tensor-parallel DTensors, ZeroRedundancyOptimizer. The trainers above PyTorch are in
+:mod:`megatron_sharpness.trainers`.
 """
 
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness

@@ -70,6 +70,10 @@ class ObservedOptimizer:
         """Write θ_t + fraction·(θ_{t+1} − θ_t) to this rank's shards; nothing without a step."""
         self._line.move(fraction)
 
+    def undo(self) -> None:
+        """Write θ_t to what the optimizer steps, too, where forward passes read something else."""
+        self._line.undo()
+
     def release(self) -> None:
         """Take the hooks off and give the copies back."""
         self._release()
@@ -131,6 +135,7 @@ class ObservedOptimizer:
     def _begin(self) -> None:
         try:
             self.lr, self.weight_decay = largest_rates(self.optimizer)
+            self.shards.check()
             self._line = UpdateLine(self.shards.shards(), offload=self._offload)
             self._line.begin()
             self._used = None if self._own else self._gradients()
@@ -266,7 +271,13 @@ class ModelOnLines:
     def move(self, fraction: float) -> None:
         """Write θ(fraction) to this rank's shards. :meth:`sync` must follow on all ranks."""
         for optimizer in self.optimizers:
+            optimizer.shards.settle()
             optimizer.move(fraction)
+
+    def undo(self) -> None:
+        """Take the step back, with its optimizers' own copies of the parameters."""
+        for optimizer in self.optimizers:
+            optimizer.undo()
 
     def sync(self) -> None:
         """Have the next forward pass see the shards of all ranks. Collective."""

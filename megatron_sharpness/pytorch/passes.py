@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.state import State
+from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
 
 #: What to say of an evaluation that draws other numbers than the step.
 OTHER_DRAWS = (
@@ -30,8 +31,9 @@ FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 
 
 def state_of(**objects: object) -> State:
-    """What a model and others keep beside parameters, but for DDP's flags: a pass has its own."""
-    return State(objects, ignored=FLAGS)
+    """What a model and others keep beside parameters, but for DDP's flags, of which each pass has
+    its own, and what Megatron-FSDP has gathered."""
+    return State(objects, ignored=(*FLAGS, *GATHERED))
 
 
 @dataclass

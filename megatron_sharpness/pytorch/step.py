@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.core.checks import EXACT, SAME, is_exact
 from megatron_sharpness.core.errors import ProbeError
+from megatron_sharpness.core.megatron_fsdp import is_sharded
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
 from megatron_sharpness.core.state import State
@@ -37,6 +38,7 @@ from megatron_sharpness.pytorch.passes import (
     state_of,
 )
 from megatron_sharpness.pytorch.shards import local
+from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
 
 #: The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t).
 LossAt = Callable[[float], tuple[float, int]]
@@ -142,7 +144,7 @@ class ObservedStep:
 
     def _weights_left_out(self) -> Checksums:
         """Of parameters that train, and that no optimizer given steps."""
-        if any(isinstance(module, FSDPModule) for module in self._model.modules()):
+        if any(isinstance(m, FSDPModule) or is_sharded(m) for m in self._model.modules()):
             return Checksums([])  # whose parameters are others in a pass
         groups = (group for seen in self._optimizers for group in seen.optimizer.param_groups)
         given = {id(parameter) for group in groups for parameter in group["params"]}
@@ -188,7 +190,7 @@ class ObservedStep:
         watch = None
         if watched and not frozen:
             lines.sync()  # the weights as the shards that they are in the end, too
-            watch = Watch(self._everything)
+            watch = Watch(self._everything, ignored=GATHERED)
         states = RandomStates()
         training = [(module, module.training) for module in self._model.modules()]
         moved = frozen
@@ -257,6 +259,8 @@ class ObservedStep:
         finally:
             if moved:
                 lines.move(0.0 if frozen else 1.0)
+                if frozen:
+                    lines.undo()
                 lines.sync()
             set_modes(as_trained=True)
             self._now.restore()
@@ -270,8 +274,10 @@ class ObservedStep:
         """What training reads later."""
         optimizers = [seen.optimizer for seen in self._optimizers]
         names = [f"optimizer {i}" if i else "optimizer" for i in range(len(optimizers))]
+        shards = [shard for seen in self._optimizers for shard in seen.shards.shards()]
         return {
             "model": self._model,
+            "read by its forward passes": [s.model for s in shards if not s.aliased],
             **dict(zip(names, optimizers, strict=True)),
             **self._keep,
             "random states": RandomStates().values(),

@@ -32,6 +32,13 @@ class Tensors:
         parameter's place."""
         return [self._shard(parameter) for parameter in self.parameters()]
 
+    def check(self) -> None:
+        """Called before a step.
+
+        Raises:
+            ProbeError: the forward passes have read other weights than those that it moves.
+        """
+
     def gradients(self) -> list[Tensor | None]:
         """The gradients of what :meth:`shards` gives. Collective where they are partial sums."""
         return [local_gradient(parameter) for parameter in self.parameters()]
@@ -39,6 +46,9 @@ class Tensors:
     def is_counted(self, parameter: Tensor) -> bool:
         """Whether, of the equal copies that several ranks hold, this rank's is the one to count."""
         return holds_first_copy(parameter)
+
+    def settle(self) -> None:
+        """Wait for what a forward pass has left under way, before anything is written."""
 
     def sync(self) -> None:
         """Bring what was written here to the ranks that do not step it. Collective."""
