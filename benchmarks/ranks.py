@@ -35,6 +35,8 @@ def launch(
     Raises:
         RuntimeError: a rank failed; the message ends with its output.
     """
+    # What Megatron insists on.
+    connections = "8" if {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(command) else "1"
     rendezvous = Rendezvous(processes)
     hidden = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +45,7 @@ def launch(
         for rank in range(processes):
             variables = {
                 **rendezvous.environment(rank),
-                "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(ROOT), OUT: str(out),
+                "CUDA_DEVICE_MAX_CONNECTIONS": connections, "PYTHONPATH": str(ROOT), OUT: str(out),
             }  # fmt: skip
             with Path(folder, f"{rank}.txt").open("wb") as output:
                 ranks.append(

@@ -49,5 +49,8 @@ if [[ -n "${DRY_RUN:-}" ]]; then
     echo
     exit
 fi
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # tensor and sequence parallelism overlap their communication
+case " ${command[*]} " in
+    *" --use-megatron-fsdp "* | *" --use-torch-fsdp2 "*) ;; # Megatron refuses 1 there
+    *) export CUDA_DEVICE_MAX_CONNECTIONS=1 ;; # tensor and sequence parallelism overlap their communication
+esac
 exec "${command[@]}"

@@ -52,6 +52,20 @@ def test_torchrun_starts_the_configuration_on_several_nodes() -> None:
     assert command[-4:] == ["--measure-critical-sharpness-every", "100", "--lr", "1e-3"]
 
 
+@pytest.mark.parametrize(
+    ("flag", "connections"),
+    [("--bf16", "1"), ("--use-megatron-fsdp", "unset"), ("--use-torch-fsdp2", "unset")],
+)
+def test_cuda_has_one_connection_but_for_fsdp_which_refuses_it(
+    flag: str, connections: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ${CUDA_DEVICE_MAX_CONNECTIONS-unset}\n")
+    python.chmod(0o755)
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert launch("torchrun_gpt.sh", flag, PYTHON=str(python)).stdout.strip() == connections
+
+
 def test_slurm_takes_its_nodes_from_the_job() -> None:
     result = dry(
         "slurm_gpt.sbatch", SLURM_NNODES="8", SLURM_JOB_ID="123", SLURM_SUBMIT_DIR=str(ROOT)
