@@ -1,8 +1,7 @@
 """What a measurement takes in memory, for each parameter that a rank owns.
 
     extra   peak bytes between the optimizer's step and the end of its measurement, above those
-            before, less those of what training does anyway (Megatron: the gather of the
-            parameters; PyTorch: a forward pass), ÷ owned parameters
+            before, less those of what training does anyway, a forward pass, ÷ owned parameters
 
 Allocator statistics on a GPU; resident memory of the process on the CPU, where an offloaded copy
 counts too, as host memory is all that there is.
@@ -22,7 +21,7 @@ MEGATRON = """
 --max-position-embeddings 16 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1
 --global-batch-size 2 --train-iters 3 --mock-data --tokenizer-type NullTokenizer --vocab-size 257
 --split 100,0,0 --eval-iters 0 --eval-interval 1000 --lr 1e-3 --min-lr 1e-4
---lr-decay-style constant --log-interval 1 --measure-critical-sharpness-every 3
+--lr-decay-style constant --log-interval 1 --measure-critical-sharpness-every 1 --critical-sharpness-on-error raise
 """
 DISTRIBUTED = "--use-distributed-optimizer"
 SHARDED = (
