@@ -21,7 +21,8 @@ MEGATRON = """
 --max-position-embeddings 16 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1
 --global-batch-size 2 --train-iters 3 --mock-data --tokenizer-type NullTokenizer --vocab-size 257
 --split 100,0,0 --eval-iters 0 --eval-interval 1000 --lr 1e-3 --min-lr 1e-4
---lr-decay-style constant --log-interval 1 --measure-critical-sharpness-every 1 --critical-sharpness-on-error raise
+--lr-decay-style constant --log-interval 1 --measure-critical-sharpness-every 1
+--critical-sharpness-on-error raise
 """
 DISTRIBUTED = "--use-distributed-optimizer"
 SHARDED = (
