@@ -35,6 +35,10 @@ LAYOUTS = {
                             "--overlap-grad-reduce --overlap-param-gather"),
     "muon distributed tp": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
                                "--tensor-model-parallel-size 2"),
+    "muon dealt out": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
+                          "--no-use-layer-wise-param-layout"),
+    "muon dealt out overlap": (2, f"--optimizer muon --use-distributed-optimizer {OVERLAP} "
+                                  "--no-use-layer-wise-param-layout"),
     "decoupled lr": (1, "--decoupled-lr 2e-2 --decoupled-min-lr 1e-3 --bf16 "
                         "--untie-embeddings-and-output-weights"),
     "recompute": (1, "--bf16 --recompute-granularity full --recompute-method uniform "

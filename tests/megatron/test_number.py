@@ -123,7 +123,8 @@ def test_megatron_and_fsdp2_measure_the_same(alone: Run, tmp_path: Path) -> None
 
 def test_critical_lr_does_not_depend_on_how_muon_is_sharded(tmp_path: Path) -> None:
     records = []
-    for flags in ("", "--use-distributed-optimizer", "--tensor-model-parallel-size 2 "
+    for flags in ("", "--use-distributed-optimizer", "--use-distributed-optimizer "
+                  "--no-use-layer-wise-param-layout", "--tensor-model-parallel-size 2 "
                   "--muon-tp-mode duplicated --use-distributed-optimizer"):  # fmt: skip
         result = run(
             tmp_path / str(len(records)), f"--optimizer muon --bf16 {flags}", processes=2, every=1,

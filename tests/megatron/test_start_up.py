@@ -87,8 +87,6 @@ REFUSED = {
     f"{EVERY} 10 --critical-sharpness-log /proc/none/log.jsonl": [
         "--critical-sharpness-log /proc/none/log.jsonl", "cannot be written", "name a file",
     ],
-    f"{EVERY} 10 --bf16 --use-distributed-optimizer --optimizer muon "
-    "--no-use-layer-wise-param-layout": ["--optimizer muon", "outside of the parameter buffers"],
     f"{EVERY} 10 --fp16 --fp16-lm-cross-entropy": ["--fp16-lm-cross-entropy", "too coarse"],
     f"{EVERY} 10 --mtp-num-layers 1 --position-embedding-type rope": [
         "--mtp-num-layers 1", "Leave one of the two out",
