@@ -65,7 +65,8 @@ class Leaf:
 
     def sum_up(self, partial: Tensor) -> Tensor:
         """This rank's sums over its shards, added up over all ranks in place. Collective."""
-        for group in (*self._way.sharded_over(self.optimizer), *self._groups):
+        parts = torch_fsdp2.sharded_over(self.optimizer) if self._way is torch_fsdp2 else ()
+        for group in (*parts, *self._groups):
             dist.all_reduce(partial, group=group)
         return partial
 

@@ -31,11 +31,6 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
         )
 
 
-def sharded_over(optimizer: Any) -> Sequence[Any]:
-    """Groups of ranks beside those that Megatron sums the gradient norm over: none."""
-    return ()
-
-
 def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:
     """Those of the chunks that Megatron-FSDP shards; ``no_shard`` gathers nothing."""
     inner: list[Any] = [getattr(chunk, "module", None) for chunk in model]

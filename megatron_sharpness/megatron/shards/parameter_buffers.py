@@ -28,11 +28,6 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
                 yield Stepped(main, main, _slice_of_buffer(optimizer, model), main.grad)
 
 
-def sharded_over(optimizer: Any) -> Sequence[Any]:
-    """Groups of ranks beside those that Megatron sums the gradient norm over: none."""
-    return ()
-
-
 def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:
     """Those of the chunks with parameter buffers that are gathered."""
     chunks = [chunk for chunk in model if _is_gathered(getattr(chunk, "ddp_config", None))]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_sharpness.megatron.shards.gathers import Stepped
@@ -27,8 +27,3 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
     for mains in optimizer.fp32_from_fp32_groups:
         for main in mains:
             yield Stepped(main, main, main, main.grad)
-
-
-def sharded_over(optimizer: Any) -> Sequence[Any]:
-    """Groups of ranks beside those that Megatron sums the gradient norm over: none."""
-    return ()
