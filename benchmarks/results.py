@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": f"{os.cpu_count()} CPU cores ({_processor()}), {', '.join(gpus) or 'no GPU'}",
         "versions": versions,
-        "commit": _git("describe", "--always", "--dirty", "--exclude", "*"),
+        "commit": _commit(),
     }
 
 
@@ -72,6 +72,14 @@ def _processor() -> str:
         return platform.machine()
     names = [line.split(":", 1)[1] for line in text.splitlines() if line.startswith("model name")]
     return " ".join(names[0].split()) if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """What is checked out, with a mark where it was changed beside the results themselves."""
+    others = (".", f":(exclude){RESULTS.relative_to(ROOT)}")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    commit = _git("describe", "--always", "--exclude", "*")
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _git(*arguments: str) -> str | None:
