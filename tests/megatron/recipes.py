@@ -46,8 +46,6 @@ NOT_HERE = {
     "--cuda-graph-impl": "CUDA graphs",
     "--enable-cuda-graph": "CUDA graphs",
     "--external-cuda-graph": "CUDA graphs",
-    "--use-megatron-fsdp": "FSDP",
-    "--use-torch-fsdp2": "FSDP",
     "--multi-latent-attention": "this attention needs Transformer Engine",
     "--moe-flex-dispatcher-backend": "a kernel library dispatches the tokens",
     "--moe-enable-deepep": "a kernel library dispatches the tokens",
@@ -99,6 +97,10 @@ SIZES = {
 }  # fmt: skip
 
 DATA = {"--tokenizer-type": "NullTokenizer", "--vocab-size": str(WORDS), "--split": "80,10,10"}
+
+#: What shards a model over data-parallel ranks, of which there are two then. Small shards that are
+#: empty on a rank cannot be saved by Megatron, so that nothing is saved.
+FULLY_SHARDED = {"--use-megatron-fsdp", "--use-torch-fsdp2"}
 
 #: Models that learn to fill in masked words.
 MASKED = ("bert", "t5")
@@ -161,6 +163,9 @@ def shrunk(recipe: Recipe) -> Flags:
         "--moe-layer-freq": "([0]*1+[1]*3)",
     }
     flags |= {name: value for name, value in patterns.items() if name in flags}
+    if FULLY_SHARDED & set(flags):
+        for name in ("--save", "--save-interval", "--async-save"):
+            flags.pop(name, None)
     if "--save" in flags:
         flags["--save"] = "checkpoints"
     if "--train-samples" in flags:
@@ -186,6 +191,8 @@ def processes(flags: Flags) -> int:
     expert_tensor = size(flags, "expert-tensor", size(flags, "tensor-model"))
     experts = size(flags, "expert-model") * expert_tensor * size(flags, "pipeline-model")
     replicas = min(2, int(flags.get("--num-distributed-optimizer-instances", 1)))
+    if FULLY_SHARDED & set(flags):
+        replicas = 2
     return replicas * max(experts, model_parallel(flags))
 
 
