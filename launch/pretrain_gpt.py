@@ -18,7 +18,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import arguments, get_args, get_timers, get_tokenizer, pretrain
@@ -28,7 +32,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_sharpness.adaptive_mix.adaptive import add_arguments
 
 # Megatron's own pretrain_gpt.py knows these; here they would be ignored, so they are refused.
-NOT_HERE = ("check_for_spiky_loss", "fim_data", "mtp_num_layers", "reset_attention_mask", "sft")
+NOT_HERE = ("check_for_spiky_loss", "fim_data", "reset_attention_mask", "sft")
 
 Batch = dict[str, torch.Tensor]
 
@@ -43,20 +47,32 @@ def build_model(
     """This pipeline stage's part of the model, on any parallel layout."""
     args = get_args()
     refused = [name for name in NOT_HERE if getattr(args, name, None)]
+    layout = getattr(args, "pipeline_model_parallel_layout", None)
+    if args.mtp_num_layers and layout and "m" not in str(layout).split("|")[-1]:
+        refused = ["pipeline_model_parallel_layout"]  # of what lies elsewhere no data is read here
     if refused:
         flag = "--" + refused[0].replace("_", "-")
         raise SystemExit(f"{flag}: not supported by this script; use Megatron-LM's pretrain_gpt.py")
     config = config or core_transformer_config_from_args(args)
-    layers = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=args.transformer_impl == "transformer_engine",
-        normalization=args.normalization,
-        qk_l2_norm=args.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
+    with_engine = args.transformer_impl == "transformer_engine"
+    layer = {
+        "use_transformer_engine": with_engine,
+        "normalization": args.normalization,
+        "qk_l2_norm": args.qk_l2_norm,
+        "vp_stage": vp_stage,
+    }
+    layers_of_mtp = None
+    if args.mtp_num_layers:  # like the last layer of the decoder
+        layers_of_mtp = get_gpt_mtp_block_spec(
+            config,
+            get_gpt_decoder_layer_specs(config, **layer)[-1],
+            use_transformer_engine=with_engine,
+            vp_stage=vp_stage,
+        )
     return GPTModel(
         config=config,
-        transformer_layer_spec=layers,
+        transformer_layer_spec=get_gpt_decoder_block_spec(config, **layer),
+        mtp_block_spec=layers_of_mtp,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -110,15 +126,24 @@ def loss_func(
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
 
 
-def forward_step(data_iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[Any, Any]:
-    """One micro-batch through this stage; between the first and the last it needs no data."""
+def forward_step(
+    data_iterator: Iterator[Batch] | None,
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[Any, Any]:
+    """One micro-batch through this stage; between the first and the last it needs no data.
+
+    With ``return_schedule_plan`` it is planned, and made by a schedule that overlaps it with a
+    backward pass (``--overlap-moe-expert-parallel-comm``).
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch: Batch = {}
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
         batch = get_batch(data_iterator)
     timers("batch-generator").stop()
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch.get("tokens"),
         batch.get("position_ids"),
         None,  # the layers are causal by themselves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from megatron_sharpness.core.products import product_sums
 #: Elements taken at a time. What is computed from them, 4 MiB in fp32, stays in the cache until it
 #: is cast or summed: memory is read once and written once, and nothing as large as a shard is made.
 CHUNK = 2**20
+
+
+class Packed(Protocol):
+    """Main parameters that an optimizer keeps in a form of its own, beside the model's."""
+
+    def unpack(self) -> Tensor:
+        """Their values, as a new tensor."""
+        ...
+
+    def pack(self, values: Tensor) -> None:
+        """Keep these values. What lies in the model is not written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,11 +38,16 @@ class Shard:
             ``main`` itself, or share its memory.
         counted: whether this rank's copy counts in sums over all ranks; False for the second and
             later copies of a parameter that several ranks hold.
+        packed: what has the main parameters where ``main`` is but the optimizer's name for them.
+        rounded: whether ``model`` is ``main`` rounded to nearest even. Elsewhere the model's own
+            bits are kept at both ends of the line.
     """
 
     main: Tensor
     model: Tensor
     counted: bool = True
+    packed: Packed | None = None
+    rounded: bool = True
 
     @property
     def aliased(self) -> bool:
@@ -42,8 +60,8 @@ class UpdateLine:
 
     Call :meth:`begin` before the step and :meth:`end` after it. In between the memory of one copy
     of the shards' main parameters is taken; :meth:`end` takes a second one for the shards whose
-    main parameter is the model's own. With ``offload`` the copies lie on the host, in pinned
-    memory where there is a GPU.
+    main parameter is the model's own, or packed. With ``offload`` the copies lie on the host, in
+    pinned memory where there is a GPU.
     """
 
     def __init__(self, shards: Sequence[Shard], *, offload: bool = False) -> None:
@@ -51,6 +69,10 @@ class UpdateLine:
         self.offload = offload
         self._starts: list[Tensor] = []
         self._ends: list[Tensor] = []
+        #: The model's own bits at θ_t and θ_{t+1}, and where it is left in the end, of the shards
+        #: that are not rounded.
+        self._bits: dict[float, list[Tensor | None]] = {}
+        self._left: list[Tensor | None] = []
 
     @property
     def device(self) -> torch.device:
@@ -60,20 +82,23 @@ class UpdateLine:
     @torch.no_grad()
     def begin(self) -> None:
         """Keep θ_t."""
-        self._starts = [self._copy(shard.main) for shard in self.shards]
+        self._starts = [self._values(shard) for shard in self.shards]
+        self._bits = {0.0: self._model_bits()}
 
     @torch.no_grad()
-    def end(self, shards: Sequence[Shard] | None = None) -> None:
+    def end(self, shards: Sequence[Shard] | None = None, *, changes: bool = False) -> None:
         """Take θ_{t+1}: the main parameters themselves, or a copy where probes overwrite them.
 
         Args:
             shards: where the same elements lie now, if a step may put tensors in others' places.
+            changes: whether the main parameters, too, are changed before the line is left.
         """
         self.shards = self.shards if shards is None else shards
         self._ends = [
-            self._copy(shard.main) if shard.aliased else shard.main.detach()
+            self._values(shard) if changes or shard.aliased else shard.main.detach()
             for shard in self.shards
         ]
+        self._bits[1.0] = self._model_bits()
 
     @torch.no_grad()
     def move(self, fraction: float) -> None:
@@ -82,7 +107,11 @@ class UpdateLine:
         The sum is taken in the main parameters' precision and rounded once. Adding to bf16 weights
         in place would lose the small updates.
         """
-        for shard, start, end in zip(self.shards, self._starts, self._ends, strict=True):
+        bits = self._bits.get(fraction, [None] * len(self.shards))
+        for shard, start, end, own in zip(self.shards, self._starts, self._ends, bits, strict=True):
+            if own is not None:
+                shard.model.copy_(own, non_blocking=True)
+                continue
             if fraction in (0.0, 1.0):
                 exact = end if fraction else start
                 shard.model.copy_(exact.view_as(shard.model), non_blocking=True)
@@ -96,10 +125,26 @@ class UpdateLine:
                     point.copy_(torch.lerp(a, b, fraction))
 
     @torch.no_grad()
+    def keep(self) -> None:
+        """Keep the model's bits as they are, where that is not the end of the line, to leave."""
+        self._left = self._model_bits()
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Write θ_{t+1} into the model, or what was kept."""
+        self.move(1.0)
+        for shard, own in zip(self.shards, self._left, strict=False):
+            if own is not None:
+                shard.model.copy_(own)
+
+    @torch.no_grad()
     def undo(self) -> None:
         """Take the step back: write θ_t into the main parameters."""
         for shard, start in zip(self.shards, self._starts, strict=True):
-            shard.main.copy_(start)
+            if shard.packed is None:
+                shard.main.copy_(start)
+            else:
+                shard.packed.pack(start.to(shard.model.device))
 
     @torch.no_grad()
     def products(
@@ -128,6 +173,16 @@ class UpdateLine:
                 update = weights - b.to(device, precision)
                 gradient = g[0].to(device, precision) if g else None
                 total += product_sums(weights, update, gradient, coarsest).to(total.device)
+
+    def _values(self, shard: Shard) -> Tensor:
+        """A copy of the main parameters."""
+        if shard.packed is None:
+            return self._copy(shard.main)
+        values = shard.packed.unpack()
+        return self._copy(values) if self.offload else values
+
+    def _model_bits(self) -> list[Tensor | None]:
+        return [None if shard.rounded else self._copy(shard.model) for shard in self.shards]
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.offload:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sharpness.core.products import StepProducts
-from megatron_sharpness.core.update_line import UpdateLine
+from megatron_sharpness.core.update_line import Shard, UpdateLine
 from megatron_sharpness.core.watch import Checksums
 from megatron_sharpness.megatron.shards import Leaf, gathers_of, leaves_of
 
@@ -21,12 +22,17 @@ class MegatronLine:
         model: the model chunks of this rank, as ``train_step`` gets them.
         optimizer: the ``MegatronOptimizer`` that steps them.
         offload: keep the copies in host memory.
+        clipped: whether the step's weights are changed once more, which is no part of the update
+            (``--qk-clip``): they are left so in the end.
     """
 
-    def __init__(self, model: Sequence[Any], optimizer: Any, *, offload: bool) -> None:
+    def __init__(
+        self, model: Sequence[Any], optimizer: Any, *, offload: bool, clipped: bool = False
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.offload = offload
+        self.clipped = clipped
         self.lines: list[tuple[UpdateLine, Leaf]] = []
         self.gathers = gathers_of(model, optimizer)
         self.is_open = False
@@ -41,7 +47,7 @@ class MegatronLine:
         """Keep θ_t of all that the optimizer is about to step."""
         self.is_open = False
         self.lines = [
-            (UpdateLine(leaf.shards(), offload=self.offload), leaf)
+            (UpdateLine(self._shards(leaf), offload=self.offload), leaf)
             for leaf in leaves_of(self.optimizer)
         ]
         for line, _ in self.lines:
@@ -62,9 +68,15 @@ class MegatronLine:
     def end(self) -> None:
         """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
         for line, leaf in self.lines:
-            line.end(leaf.shards())  # a step may put tensors in others' places
+            # A step may put tensors in others' places.
+            line.end(self._shards(leaf), changes=self.clipped)
         self.is_open = True
         self.gathers.settle()
+
+    def keep(self) -> None:
+        """Keep the weights as they are: the model is left so, wherever the line ends."""
+        for line, _ in self.lines:
+            line.keep()
 
     def move(self, fraction: float) -> None:
         """Write this rank's shards of θ(fraction). The gathers must follow on all ranks."""
@@ -72,16 +84,19 @@ class MegatronLine:
             line.move(fraction)
 
     def restore(self, *, frozen: bool = False) -> None:
-        """θ_{t+1} back into the model, and Megatron's own account of its gathers.
+        """θ_{t+1} back into the model, or what was kept, and Megatron's account of its gathers.
 
         With ``frozen`` it is θ_t, and the optimizer's main parameters are put back, too.
         Collective, and nothing at all once the line was released.
         """
         if not self.is_open:
             return
-        self.move(0.0 if frozen else 1.0)
-        for line, _ in self.lines if frozen else ():
-            line.undo()
+        for line, _ in self.lines:
+            if frozen:
+                line.move(0.0)
+                line.undo()
+            else:
+                line.leave()
         self.gathers.sync()
         self.gathers.end()
         self.release()
@@ -90,6 +105,10 @@ class MegatronLine:
         """Give the copies back."""
         self.is_open = False
         self.lines = []
+
+    def _shards(self, leaf: Leaf) -> list[Shard]:
+        # Model and main parameters are clipped each by itself.
+        return [replace(s, rounded=s.rounded and not self.clipped) for s in leaf.shards()]
 
     def products(self, clip: float) -> Tensor:
         """The fields of :class:`StepProducts` over all ranks; fp64.

@@ -18,6 +18,7 @@ from megatron_sharpness.core.replay import RandomStates, reduce_loss
 from megatron_sharpness.core.state import State
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron.shards import megatron_fsdp
+from megatron_sharpness.megatron.side_effects import activations_stay, logged_losses
 
 
 @dataclass(frozen=True)
@@ -370,14 +371,15 @@ def quiet(
         (router, "sinkhorn", _with_patience(router.sinkhorn)),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    random, state = MegatronRandomStates(), state_of(model)
+    random, state, logged = MegatronRandomStates(), state_of(model), State(logged_losses())
     for owner, name, value in replaced:
         setattr(owner, name, value)
     if mode == "eval":
         for chunk in model:
             chunk.eval()
     try:
-        yield
+        with activations_stay():
+            yield
     finally:
         if mode == "eval":
             for chunk in model:
@@ -385,4 +387,5 @@ def quiet(
         for owner, name, value in saved:
             setattr(owner, name, value)
         state.restore()
+        logged.restore()
         random.restore()

@@ -48,7 +48,8 @@ class ObservedStep:
     def __init__(self, optimizer: Any, model: Any, options: Any, *, offload: bool) -> None:
         self.optimizer = optimizer
         self.options = options
-        self.line = MegatronLine(model, optimizer, offload=offload)
+        clipped = bool(getattr(options, "qk_clip", False))
+        self.line = MegatronLine(model, optimizer, offload=offload, clipped=clipped)
         self.happened = False
         self._rates = (-1.0, -1.0)
         self._outcome: tuple[bool, float | None] = (False, None)
@@ -159,7 +160,10 @@ class ObservedStep:
 
     def _after(self) -> None:
         try:
-            self._left = self.line.weights()
+            if self.line.clipped and self._outcome[0]:
+                self.line.end()  # what comes now is no part of the update
+            else:
+                self._left = self.line.weights()
         except Exception as caught:
             self._error = caught
 
@@ -216,10 +220,16 @@ class ObservedStep:
         )
 
     def _end(self) -> None:
-        """Take θ_{t+1}, once, where the weights are what the step has left."""
-        if self.line.is_open or self._error is not None:
+        """Take θ_{t+1}, once, where the weights are what the step has left.
+
+        Of a step whose weights were clipped since, that was taken before; these are kept.
+        """
+        if self._error is not None or (self.line.is_open and not self.line.clipped):
             return
         try:
+            if self.line.is_open:
+                self.line.keep()
+                return
             if self._left != self.line.weights():
                 raise ProbeError(
                     "the weights were changed between the optimizer's step and the measurement, so "

@@ -17,7 +17,6 @@ TESTED = ("0.16", "0.17", "0.18", "0.19", "0.20")
 #: Argument → (flag, why it is refused). Each of these was never run with a measurement and could
 #: be wrong in silence.
 _QUANTIZED = "the quantization state changes in every forward pass, so training would change too"
-_OTHER_WRITER = "the weights are not written through the fp32 main parameters that are moved here"
 _GRAPHS = "a captured graph replays without the switches that a probe needs"
 _REFUSED: dict[str, tuple[str, str]] = {
     "fp8": ("--fp8-format", _QUANTIZED),
@@ -29,40 +28,17 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "fp4_param_gather": ("--fp4-param-gather", _QUANTIZED),
     "fp4_param": ("--fp4-param-gather", _QUANTIZED),
     "reuse_grad_buf_for_mxfp8_param_ag": ("--reuse-grad-buf-for-mxfp8-param-ag", _QUANTIZED),
-    "use_precision_aware_optimizer": ("--use-precision-aware-optimizer", _OTHER_WRITER),
-    "optimizer_cpu_offload": ("--optimizer-cpu-offload", _OTHER_WRITER),
-    "qk_clip": ("--qk-clip", _OTHER_WRITER),
     "enable_cuda_graph": ("--enable-cuda-graph", _GRAPHS),
     "external_cuda_graph": ("--external-cuda-graph", _GRAPHS),
     "optimizer_cuda_graph": ("--optimizer-cuda-graph", _GRAPHS),
-    "fp16_lm_cross_entropy": (
-        "--fp16-lm-cross-entropy",
-        "the loss would be too coarse to tell L(θ − ηΔθ) from L(θ)",
-    ),
-    "mtp_num_layers": (
-        "--mtp-num-layers",
-        "a forward pass adds to the multi-token-prediction losses that Megatron logs",
-    ),
     "hybrid_context_parallel": (
         "--hybrid-context-parallel",
         "its data loader hands out micro-batches that cannot be repeated",
     ),
     "perform_rl_step": ("--perform-rl-step", "its batches are rollouts and not micro-batches"),
-    "overlap_moe_expert_parallel_comm": (
-        "--overlap-moe-expert-parallel-comm",
-        "its schedule interleaves forward with backward passes",
-    ),
-    "fine_grained_activation_offloading": (
-        "--fine-grained-activation-offloading",
-        "it counts forward passes that a backward pass follows",
-    ),
     "moe_expert_rank_capacity_factor": (
         "--moe-expert-rank-capacity-factor",
         "its runner repeats training passes on its own",
-    ),
-    "dsa_indexer_loss_coeff": (
-        "--dsa-indexer-loss-coeff",
-        "a forward pass adds to the indexer losses that Megatron logs",
     ),
     "vision_pretraining": (
         "--vision-pretraining",

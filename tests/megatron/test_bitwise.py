@@ -22,6 +22,12 @@ IN_STEP = (
     "--ckpt-format torch --num-layers 4 --pipeline-model-parallel-size 2 "
     "--num-layers-per-virtual-pipeline-stage 1"
 )
+AWARE = f"--use-distributed-optimizer {OVERLAP} --use-precision-aware-optimizer"
+ON_HOST = (
+    "--use-distributed-optimizer --bf16 --use-precision-aware-optimizer --optimizer-cpu-offload"
+)
+MTP = "--mtp-num-layers 1 --position-embedding-type rope"
+EXPERTS = "--num-experts 4 --expert-model-parallel-size 2 --disable-bias-linear"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 #: Layout → (processes, flags).
@@ -103,6 +109,44 @@ LAYOUTS = {
     "fsdp2 fp32": (2, FSDP2),
     "fsdp2 kept": (2, f"{FSDP2} --bf16 --torch-fsdp2-no-reshard-after-forward"),
     "fsdp2 recompute": (2, f"{FSDP2} --bf16 {RECOMPUTE}"),
+    "cp": (2, "--context-parallel-size 2 --bf16"),
+    "cp distributed": (4, f"--context-parallel-size 2 --use-distributed-optimizer {OVERLAP}"),
+    "cp of four": (4, "--context-parallel-size 4"),
+    "cp tp": (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+                 "--bf16 --use-distributed-optimizer"),
+    "cp pp": (4, f"--context-parallel-size 2 --pipeline-model-parallel-size 2 {OVERLAP} "
+                 "--use-distributed-optimizer"),
+    "cp ep": (2, f"--context-parallel-size 2 {EXPERTS} --bf16 --use-distributed-optimizer"),
+    "cp mtp": (2, f"--context-parallel-size 2 {MTP} --bf16"),
+    "cp fsdp": (2, f"--context-parallel-size 2 {FULLY} {OVERLAP}"),
+    "mtp": (1, f"{MTP} --bf16"),
+    "mtp pp": (2, f"{MTP} --pipeline-model-parallel-size 2 --bf16"),
+    "mtp tp": (2, f"{MTP} --tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+    "mtp ep": (2, f"{MTP} {EXPERTS} --bf16 --use-distributed-optimizer {OVERLAP}"),
+    "masters remain": (2, f"{AWARE} --main-grads-dtype bf16 --exp-avg-dtype bf16 "
+                          "--exp-avg-sq-dtype bf16"),
+    "masters in fp16": (2, f"{AWARE} --main-params-dtype fp16 --exp-avg-dtype fp16"),
+    "masters in fp32": (2, "--use-distributed-optimizer --fp16 --initial-loss-scale 4096 "
+                           "--use-precision-aware-optimizer --accumulate-allreduce-grads-in-fp32"),
+    "masters tp": (2, "--use-distributed-optimizer --bf16 --use-precision-aware-optimizer "
+                      "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "masters and copies on the host": (1, "--use-distributed-optimizer --bf16 "
+                                          "--use-precision-aware-optimizer "
+                                          "--critical-sharpness-offload cpu"),
+    "optimizer half on the host": (2, f"{ON_HOST} --optimizer-offload-fraction 0.5"),
+    "optimizer on the host": (2, f"{ON_HOST} --optimizer-offload-fraction 1.0 "
+                                 "--overlap-cpu-optimizer-d2h-h2d"),
+    "ep overlap": (2, f"{EXPERTS} --moe-token-dispatcher-type alltoall --bf16 "
+                      "--overlap-moe-expert-parallel-comm --use-distributed-optimizer"),
+    "activations on the host": (1, "--bf16 --fine-grained-activation-offloading --offload-modules "
+                                   "core_attn attn_proj --min-offloaded-tensor-size 1"),
+    "activations on the host pp": (2, "--bf16 --fine-grained-activation-offloading "
+                                      "--offload-modules core_attn attn_proj "
+                                      "--min-offloaded-tensor-size 1 "
+                                      "--pipeline-model-parallel-size 2"),
+    "fp16 cross entropy": (1, "--fp16 --initial-loss-scale 4096 --fp16-lm-cross-entropy"),
+    "clipped logits": (2, "--bf16 --qk-clip --qk-clip-threshold 0.02 --log-max-attention-logit"),
+    "largest logits": (1, "--bf16 --log-max-attention-logit"),
     "fsdp2 tp": (4, f"{FSDP2} --bf16 --tensor-model-parallel-size 2 --sequence-parallel"),
 }  # fmt: skip
 
@@ -110,7 +154,7 @@ LAYOUTS = {
 COMMON = {
     "fp32", "bf16", "fp16 with skipped steps", "eval mode", "distributed optimizer",
     "overlap in buckets", "muon distributed", "tp with sequence parallelism", "vpp", "ep",
-    "fsdp overlap", "fsdp2",
+    "fsdp overlap", "fsdp2", "cp", "mtp", "masters remain", "optimizer half on the host",
 }  # fmt: skip
 
 
@@ -150,7 +194,8 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "layout",
     layouts("bf16", "distributed optimizer fp32", "overlap in buckets", "tp pp", "vpp",
-            "ep with expert bias", "fsdp overlap", "fsdp optim", "fsdp2"),
+            "ep with expert bias", "fsdp overlap", "fsdp optim", "fsdp2", "cp tp", "mtp",
+            "masters remain", "masters in fp16", "optimizer half on the host"),
 )  # fmt: skip
 def test_a_frozen_run_leaves_the_model_as_it_was(layout: str, tmp_path: Path) -> None:
     processes, flags = LAYOUTS[layout]

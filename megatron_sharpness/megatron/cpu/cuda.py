@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -229,4 +230,37 @@ def _map_profilers() -> None:
 def _map_tensors() -> None:
     for kind in ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Byte", "Bool"):
         setattr(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
-    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+    # But for what :func:`tensors_on_the_host` has marked, everything is on the device.
+    torch.Tensor.is_cuda = property(  # type: ignore[assignment]
+        lambda tensor: not getattr(tensor, "_on_host", False)
+    )
+
+
+@contextmanager
+def tensors_on_the_host() -> Iterator[None]:
+    """Within it a tensor that is moved to the host is told from those on the device, for good."""
+    with _HostTensors():
+        yield
+
+
+class _HostTensors(TorchFunctionMode):
+    """Marks what ``cpu()`` makes, and what is made of it."""
+
+    _KEEPING = frozenset(
+        {torch.Tensor.pin_memory, torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.float}
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.cpu:
+            result = result.view(result.shape)  # another tensor than what it was made of
+        elif func not in self._KEEPING or not getattr(args[0], "_on_host", False):
+            return result
+        result._on_host = True
+        return result

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+from types import SimpleNamespace
 from typing import Any
+
+from megatron_sharpness.megatron.cpu.attention import complete_attention
+from megatron_sharpness.megatron.cpu.cuda import tensors_on_the_host
+from megatron_sharpness.megatron.cpu.fused_adam import stand_in_for_fused_adam
 
 
 def replace_parts() -> None:
@@ -16,6 +22,11 @@ def replace_parts() -> None:
     _routers_without_transformer_engine()
     _norms_under_sequence_parallelism()
     _copies_for_the_checkpoint_writer()
+    _optimizers_on_the_host()
+    _activations_on_the_host()
+    _local_layers_are_enough()
+    complete_attention()
+    stand_in_for_fused_adam()
 
 
 def _keep_the_compiled_helper() -> None:
@@ -78,3 +89,50 @@ def _copies_for_the_checkpoint_writer() -> None:
         ]
 
     FileSystemWriterAsync.prepare_write_data = prepare_copies
+
+
+def _optimizers_on_the_host() -> None:
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    split = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    @functools.wraps(split)
+    def split_by_place(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # It asks its parameters which of them it has moved to the host.
+        with tensors_on_the_host():
+            return split(self, *args, **kwargs)
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = split_by_place
+
+
+#: Arguments that Megatron accepts with Transformer Engine's layers alone, and others can do.
+_INSISTS = ("fine_grained_activation_offloading", "qk_clip", "log_max_attention_logit")
+
+
+def _activations_on_the_host() -> None:
+    # Offloading them tells Transformer Engine so, and ties the process to the CPU that is nearest
+    # to its GPU.
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.pipeline_parallel import utils
+
+    engine: Any = transformer_engine
+    engine.cpu_offload = SimpleNamespace(CPUOffloadEnabled=False)
+    utils.set_ideal_affinity_for_current_gpu = lambda: None
+
+
+def _local_layers_are_enough() -> None:
+    from megatron.training import arguments, initialize
+
+    validate = arguments.validate_args
+
+    @functools.wraps(validate)
+    def validate_without_engine(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        wanted = {name: getattr(args, name) for name in _INSISTS if hasattr(args, name)}
+        vars(args).update(dict.fromkeys(wanted, False))
+        result = validate(args, *rest, **kwargs)
+        vars(args).update(wanted)
+        return result
+
+    for module in (arguments, initialize):
+        if getattr(module, "validate_args", None) is validate:
+            module.validate_args = validate_without_engine

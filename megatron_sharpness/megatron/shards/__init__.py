@@ -21,13 +21,14 @@ from megatron_sharpness.megatron.shards import (
     megatron_fsdp,
     megatron_fsdp_v2,
     parameter_buffers,
+    precision_aware,
     replicated,
     torch_fsdp2,
 )
 from megatron_sharpness.megatron.shards.gathers import AllGathers, Gathers, Stepped
 
 _WAYS: tuple[Any, ...] = (
-    megatron_fsdp_v2, megatron_fsdp, parameter_buffers, torch_fsdp2, replicated
+    megatron_fsdp_v2, megatron_fsdp, precision_aware, parameter_buffers, torch_fsdp2, replicated
 )  # fmt: skip
 
 
@@ -47,7 +48,13 @@ class Leaf:
     def shards(self) -> list[Shard]:
         """This rank's shards: main parameter and where the forward reads it."""
         return [
-            Shard(main=each.main, model=each.model, counted=self._counts(each.parameter))
+            Shard(
+                main=each.main,
+                model=each.model,
+                counted=self._counts(each.parameter),
+                packed=each.packed,
+                rounded=each.packed is None,
+            )
             for each in self._stepped()
         ]
 

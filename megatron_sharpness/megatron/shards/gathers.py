@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megatron_sharpness.core.update_line import Packed
+
 
 class Stepped(NamedTuple):
     """A parameter that an optimizer steps, as far as this rank does.
@@ -17,6 +19,7 @@ class Stepped(NamedTuple):
         model: where the forward pass reads the same elements.
         gradient: of the same elements, as the step has used it; None where there is none.
         clipped: whether ``gradient`` is what was clipped, and not what it was before.
+        packed: what has the elements where ``main`` is but the optimizer's name for them.
     """
 
     parameter: Tensor
@@ -24,6 +27,7 @@ class Stepped(NamedTuple):
     model: Tensor
     gradient: Tensor | None
     clipped: bool = True
+    packed: Packed | None = None
 
 
 class Gathers:

@@ -25,7 +25,7 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
     ):
         for mains, models in zip(main_groups, model_groups, strict=True):
             for main, model in zip(mains, models, strict=True):
-                yield Stepped(main, main, _slice_of_buffer(optimizer, model), main.grad)
+                yield Stepped(main, main, slice_of_buffer(optimizer, model), main.grad)
 
 
 def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:
@@ -42,7 +42,7 @@ def _is_gathered(config: Any) -> bool:
     return any(getattr(config, flag, False) for flag in flags)
 
 
-def _slice_of_buffer(optimizer: Any, parameter: Tensor) -> Tensor:
+def slice_of_buffer(optimizer: Any, parameter: Tensor) -> Tensor:
     """The slice of the all-gathered parameter buffer that this rank's shard is written to."""
     buffer_index, _, bucket_index = optimizer.model_param_gbuf_map[parameter]
     bucket = optimizer.buffers[buffer_index].buckets[bucket_index]
