@@ -27,7 +27,7 @@ def full_parameter(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def global_name(name: str, first_layer: int, first_expert: int) -> str:
     name = name.replace("module.", "")
-    name = re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + first_layer}", name)
+    name = re.sub(r"(decoder.layers)\.(\d+)", lambda m: f"{m[1]}.{int(m[2]) + first_layer}", name)
     name = re.sub(r"local_experts\.(\d+)", lambda m: f"experts.{int(m[1]) + first_expert}", name)
     # With tied embeddings the last stage holds a copy under the output layer's name.
     return name.replace("output_layer.weight", "embedding.word_embeddings.weight")

@@ -124,6 +124,13 @@ def stale_weights() -> None:
     AllGathers.sync = lambda self: None  # type: ignore[method-assign]
 
 
+def fused_adam() -> None:
+    """No fault: the Adam of Transformer Engine, also where it need not be aware of precision."""
+    from megatron_sharpness.megatron.cpu.fused_adam import use_fused_adam
+
+    use_fused_adam()
+
+
 def canonical() -> None:
     """No fault: weights that do not depend on the parallel layout."""
     from tests.megatron import canonical as weights

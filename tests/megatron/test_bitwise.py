@@ -140,10 +140,11 @@ LAYOUTS = {
                       "--overlap-moe-expert-parallel-comm --use-distributed-optimizer"),
     "activations on the host": (1, "--bf16 --fine-grained-activation-offloading --offload-modules "
                                    "core_attn attn_proj --min-offloaded-tensor-size 1"),
-    "activations on the host pp": (2, "--bf16 --fine-grained-activation-offloading "
-                                      "--offload-modules core_attn attn_proj "
-                                      "--min-offloaded-tensor-size 1 "
-                                      "--pipeline-model-parallel-size 2"),
+    "activations on the host tp": (2, "--bf16 --fine-grained-activation-offloading "
+                                      "--offload-modules core_attn attn_proj qkv_linear "
+                                      "--min-offloaded-tensor-size 1 --num-layers 4 "
+                                      "--activation-offload-fraction 0.5 "
+                                      "--tensor-model-parallel-size 2"),
     "fp16 cross entropy": (1, "--fp16 --initial-loss-scale 4096 --fp16-lm-cross-entropy"),
     "clipped logits": (2, "--bf16 --qk-clip --qk-clip-threshold 0.02 --log-max-attention-logit"),
     "largest logits": (1, "--bf16 --log-max-attention-logit"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,10 @@ LAYOUTS = {
     "vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     "tp pp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
                  "--use-distributed-optimizer"),
+    "cp": (2, "--context-parallel-size 2"),
+    "cp of four": (4, "--context-parallel-size 4 --use-distributed-optimizer"),
+    "cp tp": (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    "cp pp": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
     "pp dp": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer "
                  "--overlap-grad-reduce --overlap-param-gather"),
 }  # fmt: skip
@@ -217,3 +223,96 @@ def test_weights_gathered_behind_the_forward_pass_give_the_same_numbers(tmp_path
         tmp_path / "behind", f"{flags} --overlap-param-gather", processes=2, every=2
     ).expect_success()
     assert behind.timeless_records == before.timeless_records
+
+
+MASTERS = "--use-distributed-optimizer --use-precision-aware-optimizer"
+
+
+def with_masters(tmp_path: Path, precision: str) -> list[list[dict[str, Any]]]:
+    """Records of a training whose main parameters are Megatron's, and the inner optimizer's."""
+    runs = [
+        run(
+            tmp_path / str(i), f"{precision} {flags}", processes=2, every=2,
+            environment={"OBSERVED_FAULT": "fused_adam"},
+        ).expect_success()
+        for i, flags in enumerate(("--use-distributed-optimizer", MASTERS))
+    ]  # fmt: skip
+    assert [record["status"] for record in runs[0].records] == ["found"] * 3
+    return [result.timeless_records for result in runs]
+
+
+def test_masters_in_the_optimizer_give_the_same_numbers(tmp_path: Path) -> None:
+    own, kept = with_masters(tmp_path, "")
+    assert kept == own
+
+
+def test_masters_of_which_the_weight_is_a_half_give_the_same_numbers(tmp_path: Path) -> None:
+    own, kept = with_masters(tmp_path, "--bf16")
+    for name in ("loss", "slope", "update_norm", "noise", "replay_error"):
+        assert kept[0][name] == own[0][name], name
+    # A weight between two of bf16 is rounded away from zero, where Megatron's goes to even.
+    for theirs, ours in zip(own, kept, strict=True):
+        assert ours["critical_lr"] == pytest.approx(theirs["critical_lr"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("--main-params-dtype fp16", 5e-3),  # a coarser θ_{t+1}
+        # Each Adam rounds in an order of its own, and a bf16 weight may turn with its last bit.
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 0.5", 1e-3),
+        ("--optimizer-cpu-offload --optimizer-offload-fraction 1.0", 1e-3),
+    ],
+)
+def test_critical_lr_does_not_depend_on_where_the_masters_are(
+    flags: str, precision: float, tmp_path: Path
+) -> None:
+    records = []
+    for i, chosen in enumerate(("--use-distributed-optimizer", f"{MASTERS} {flags}")):
+        result = run(tmp_path / str(i), f"--bf16 {chosen}", processes=2, every=1, model=ONE_STEP)
+        records += result.expect_success().records
+    whole, kept = records
+    assert whole["status"] == kept["status"] == "found"
+    for name in ("loss", "slope", "update_norm", "critical_lr"):
+        assert kept[name] == pytest.approx(whole[name], rel=precision), name
+
+
+def test_the_update_is_the_optimizers_where_logits_are_clipped_after_it(tmp_path: Path) -> None:
+    clip = "--qk-clip --qk-clip-threshold 0.02"
+    plain, clipped = (
+        run(tmp_path / str(i), f"--bf16 {flags}", processes=2, every=1, model=ONE_STEP)
+        for i, flags in enumerate(("", clip))
+    )
+    (expected,), (record,) = plain.expect_success().records, clipped.expect_success().records
+    assert expected["status"] == "found"
+    assert {**record, "seconds": 0.0} == {**expected, "seconds": 0.0}
+    assert clipped.hashes[0]["parameters"] != plain.hashes[0]["parameters"]
+
+
+MTP = "--mtp-num-layers 1 --position-embedding-type rope"
+
+
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2",
+                                    "--pipeline-model-parallel-size 2",
+                                    "--context-parallel-size 2"])  # fmt: skip
+def test_critical_lr_of_a_model_that_predicts_several_tokens_is_the_same_under_each_layout(
+    layout: str, tmp_path: Path
+) -> None:
+    records = []
+    for processes, flags in ((1, ""), (2, layout)):
+        result = run(
+            tmp_path / str(processes), f"{MTP} {flags}", processes=processes, every=1,
+            model=ONE_STEP, environment={"OBSERVED_FAULT": "canonical"},
+        ).expect_success()  # fmt: skip
+        records += result.records
+        loss = float(re.findall(r"\| lm loss: (\S+)", result.output)[-1])
+        assert result.records[0]["loss"] == pytest.approx(loss, rel=1e-6)  # without MTP's
+    alone, parallel = records
+    assert alone["status"] == parallel["status"] == "found"
+    assert parallel["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    # Megatron takes the mean of the further tokens' loss on each context-parallel rank by itself,
+    # over 31 and 32 tokens here, so that the gradient is another one.
+    # And the first Adam step is g/|g|, which the order of a sum may turn where g is next to 0.
+    precision = 1e-2 if "context" in layout else 1e-4
+    for name in ("critical_lr", "update_norm"):
+        assert parallel[name] == pytest.approx(alone[name], rel=precision), name

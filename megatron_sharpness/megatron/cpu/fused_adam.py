@@ -211,28 +211,35 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 def stand_in_for_fused_adam() -> None:
     """Have Megatron take it for Transformer Engine's where it is asked for one that is aware of
     precision. This imports Megatron."""
-    import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import distrib_optimizer, optimizer_config
+    from megatron.core.optimizer import optimizer_config
 
     config: Any = optimizer_config.OptimizerConfig
     check = config.__post_init__
-    modules: tuple[Any, ...] = (optimizers, distrib_optimizer, optimizer_config)
 
     @functools.wraps(check)
     def check_with_engine(self: Any) -> None:
         if not self.use_precision_aware_optimizer:
             check(self)
             return
-        optimizers.Adam = distrib_optimizer.Adam = FusedAdam
-        optimizers.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-        for module in modules:
-            if hasattr(module, "is_te_min_version"):
-                module.is_te_min_version = lambda *version, **options: True
+        use_fused_adam()
         with _engine_to_look_at():
             check(self)
 
     config.__post_init__ = check_with_engine
+
+
+def use_fused_adam() -> None:
+    """Have it be Megatron's Adam in this process, as where Transformer Engine is installed."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer, optimizer_config
+
+    modules: tuple[Any, ...] = (optimizers, distrib_optimizer, optimizer_config)
+    optimizers.Adam = distrib_optimizer.Adam = FusedAdam  # type: ignore[misc]
+    optimizers.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    for module in modules:
+        if hasattr(module, "is_te_min_version"):
+            module.is_te_min_version = lambda *version, **options: True
 
 
 @contextmanager
