@@ -28,6 +28,10 @@ ON_HOST = (
 )
 MTP = "--mtp-num-layers 1 --position-embedding-type rope"
 EXPERTS = "--num-experts 4 --expert-model-parallel-size 2 --disable-bias-linear"
+ACTIVATIONS = (
+    "--fine-grained-activation-offloading --offload-modules core_attn attn_proj "
+    "--min-offloaded-tensor-size 1"
+)
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 #: Layout → (processes, flags).
@@ -97,6 +101,7 @@ LAYOUTS = {
     "fsdp steps the model's own": (2, f"{FULLY} --overlap-grad-reduce --overlap-param-gather "
                                       "--megatron-fsdp-main-params-dtype auto"),
     "fsdp recompute": (2, f"{FULLY} {OVERLAP} {RECOMPUTE}"),
+    "fsdp masters": (2, f"{FULLY} {OVERLAP} --use-precision-aware-optimizer"),
     "fsdp meta device": (2, f"{FULLY} {OVERLAP} --init-model-with-meta-device"),
     "fsdp eval mode": (2, f"{FULLY} {OVERLAP} --critical-sharpness-mode eval"),
     "fsdp offload": (2, f"{FULLY} {OVERLAP} --critical-sharpness-offload cpu"),
@@ -138,13 +143,9 @@ LAYOUTS = {
                                  "--overlap-cpu-optimizer-d2h-h2d"),
     "ep overlap": (2, f"{EXPERTS} --moe-token-dispatcher-type alltoall --bf16 "
                       "--overlap-moe-expert-parallel-comm --use-distributed-optimizer"),
-    "activations on the host": (1, "--bf16 --fine-grained-activation-offloading --offload-modules "
-                                   "core_attn attn_proj --min-offloaded-tensor-size 1"),
-    "activations on the host tp": (2, "--bf16 --fine-grained-activation-offloading "
-                                      "--offload-modules core_attn attn_proj qkv_linear "
-                                      "--min-offloaded-tensor-size 1 --num-layers 4 "
-                                      "--activation-offload-fraction 0.5 "
-                                      "--tensor-model-parallel-size 2"),
+    "activations on the host": (1, f"{ACTIVATIONS} --bf16"),
+    "activations on the host tp": (2, f"{ACTIVATIONS} --bf16 --tensor-model-parallel-size 2 "
+                                      "--num-layers 4 --activation-offload-fraction 0.5"),
     "fp16 cross entropy": (1, "--fp16 --initial-loss-scale 4096 --fp16-lm-cross-entropy"),
     "clipped logits": (2, "--bf16 --qk-clip --qk-clip-threshold 0.02 --log-max-attention-logit"),
     "largest logits": (1, "--bf16 --log-max-attention-logit"),

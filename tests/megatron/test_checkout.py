@@ -13,7 +13,17 @@ import pytest
 from megatron_sharpness.sweeps.runs import REPORT
 from tests.megatron.harness import MODEL, ROOT, Run, finish, other_data, run, start
 from tests.megatron.test_adaptive_mix import data, shares, train
-from tests.megatron.test_bitwise import FSDP2, FULLY, OVERLAP, SHARDED
+from tests.megatron.test_bitwise import (
+    ACTIVATIONS,
+    AWARE,
+    EXPERTS,
+    FSDP2,
+    FULLY,
+    MTP,
+    ON_HOST,
+    OVERLAP,
+    SHARDED,
+)
 
 __all__ = ["data"]  # a fixture
 
@@ -73,24 +83,34 @@ SECOND = (
     "--data-parallel-sharding-strategy optim_grads_params"
 )
 
-#: Way of sharding → the first version that trains with it, and flags.
-SHARDINGS = {
+#: Mode → the first version that trains with it, and flags.
+MODES = {
     "Megatron-FSDP": ((0, 16), f"{FULLY} --bf16"),
     "Megatron-FSDP, overlap": ((0, 16), f"{FULLY} {OVERLAP}"),
     "Megatron-FSDP, optim": ((0, 16), f"{SHARDED} optim --bf16"),
     "Megatron-FSDP v2, fp32": ((0, 20), SECOND),
     "Megatron-FSDP v2": ((0, 20), f"{SECOND} --bf16"),
     "FSDP2": ((0, 19), f"{FSDP2} --bf16"),
+    "context parallelism": ((0, 16), "--context-parallel-size 2 --bf16"),
+    "MTP": ((0, 16), f"{MTP} --bf16"),
+    "MTP, pipeline": ((0, 16), f"{MTP} --pipeline-model-parallel-size 2 --bf16"),
+    "masters in the optimizer": ((0, 16), AWARE),
+    "masters in fp16": ((0, 16), f"{AWARE} --main-params-dtype fp16"),
+    "optimizer on the host": ((0, 16), f"{ON_HOST} --optimizer-offload-fraction 0.5"),
+    "experts, overlap": ((0, 16), f"{EXPERTS} --moe-token-dispatcher-type alltoall --bf16 "
+                                  "--overlap-moe-expert-parallel-comm"),
+    "activations on the host": ((0, 16), f"{ACTIVATIONS} --bf16"),
+    "clipped logits": ((0, 16), "--bf16 --qk-clip --qk-clip-threshold 0.02"),
 }
 
 
-@pytest.mark.parametrize("way", SHARDINGS)
-def test_the_unmodified_script_is_measured_however_it_shards(
-    way: str, checkout: Path, tmp_path: Path
+@pytest.mark.parametrize("mode", MODES)
+def test_the_unmodified_script_is_measured_in_each_mode(
+    mode: str, checkout: Path, tmp_path: Path
 ) -> None:
-    first, flags = SHARDINGS[way]
+    first, flags = MODES[mode]
     if version(checkout) < first:
-        pytest.skip(f"megatron-core {version(checkout)} does not train with {way}")
+        pytest.skip(f"megatron-core {version(checkout)} does not train with {mode}")
     plain, measured = (
         run(tmp_path / str(every), flags + " --critical-sharpness-watch always" * bool(every),
             processes=2, every=every, pythonpath=[str(checkout)],

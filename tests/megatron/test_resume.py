@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.megatron.harness import MODEL, other_data, run
-from tests.megatron.test_bitwise import SHARDED
+from tests.megatron.test_bitwise import MTP, SHARDED
 
 # Without dropout: on the CPU the data loader draws from the same random state as dropout does, and
 # Megatron makes it anew after a load.
@@ -18,10 +18,21 @@ FLAGS = "--bf16"
 
 
 # PyTorch's AdamW has no state of shards that are empty, as a small model has them on some rank, and
-# Megatron-FSDP waits for ever when it saves them, measured or not.
+# Megatron-FSDP waits for ever when it saves them, measured or not. Transformer Engine's has.
 @pytest.mark.parametrize(
     ("checkpoints", "sharding"),
-    [("torch", ""), ("torch_dist", ""), ("fsdp_dtensor", f"{SHARDED} no_shard")],
+    [
+        ("torch", ""),
+        ("torch_dist", ""),
+        ("fsdp_dtensor", f"{SHARDED} no_shard"),
+        ("torch_dist", "--context-parallel-size 2"),
+        ("torch_dist", MTP),
+        ("torch_dist", "--use-distributed-optimizer --use-precision-aware-optimizer"),
+        ("torch_dist", "--use-distributed-optimizer --use-precision-aware-optimizer "
+                       "--main-params-dtype fp16"),
+        ("fsdp_dtensor", f"{SHARDED} optim --use-precision-aware-optimizer"),
+        ("fsdp_dtensor", f"{SHARDED} optim_grads_params --use-precision-aware-optimizer"),
+    ],
 )
 def test_resumed_measurements_are_the_uninterrupted_ones(
     checkpoints: str, sharding: str, tmp_path: Path

@@ -34,14 +34,15 @@ def complete_attention() -> None:
         size = self.config.context_parallel_size
         if size == 1:
             return attend(self, query, key, value, attention_mask, *args, **kwargs)
-        if attention_mask is not None or self.scale_mask_softmax.window_size is not None:
+        mask = _behind(len(query), size) if attention_mask is None else attention_mask
+        windowed = self.scale_mask_softmax.window_size is not None
+        if windowed or mask.shape[-2:] != (len(query), len(query) * size):
             raise NotImplementedError(
                 "--context-parallel-size: on the CPU backend it is for causal attention without a "
-                "mask or a window"
+                "window, and with a mask of this rank's queries over all keys, or none"
             )
         key, value = _of_all_ranks(key, size), _of_all_ranks(value, size)
-        behind = _behind(len(query), size)
-        return attend(self, query, key, value, behind, *args, **kwargs)
+        return attend(self, query, key, value, mask, *args, **kwargs)
 
     DotProductAttention.__init__ = build_complete
     DotProductAttention.forward = attend_complete

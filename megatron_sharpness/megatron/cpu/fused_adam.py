@@ -131,9 +131,11 @@ class FusedAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`state_dict` has made it."""
         super().load_state_dict(state_dict)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, state in state_dict["state"].items():
-            param = parameters[key]
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        own = (param for group in self.param_groups for param in group["params"])
+        parameters = dict(zip(names, own, strict=True))
+        for name_of_param, state in state_dict["state"].items():
+            param = parameters[name_of_param]
             self.state[param] = {}
             self.initialize_state(param)
             for name, value in state.items():

@@ -22,7 +22,8 @@ def owns(optimizer: Any) -> bool:
 def stepped(optimizer: Any) -> Iterator[Stepped]:
     """What each rank steps is a slice of a main buffer, or of the model's own."""
     for parameter in optimizer.get_parameters():
-        gradient = parameter.grad
+        gradient = getattr(parameter, "decoupled_grad", None)  # --use-precision-aware-optimizer
+        gradient = parameter.grad if gradient is None else gradient
         yield Stepped(
             parameter=parameter,
             main=parameter._local_tensor.detach(),
