@@ -71,7 +71,12 @@ def expected(alone: Run) -> reference.Reference:
     return reference.measure(batch, other)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+RARE = {"cp of four", "cp tp", "cp pp"}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=[pytest.mark.rare] * (n in RARE)) for n in LAYOUTS]
+)
 def test_critical_lr_is_the_reference_under_every_layout(
     layout: str, tmp_path: Path, expected: reference.Reference
 ) -> None:
@@ -241,6 +246,7 @@ def with_masters(tmp_path: Path, precision: str) -> list[list[dict[str, Any]]]:
     return [result.timeless_records for result in runs]
 
 
+@pytest.mark.rare
 def test_masters_in_the_optimizer_give_the_same_numbers(tmp_path: Path) -> None:
     own, kept = with_masters(tmp_path, "")
     assert kept == own
@@ -255,6 +261,7 @@ def test_masters_of_which_the_weight_is_a_half_give_the_same_numbers(tmp_path: P
         assert ours["critical_lr"] == pytest.approx(theirs["critical_lr"], rel=1e-3)
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
@@ -292,6 +299,7 @@ def test_the_update_is_the_optimizers_where_logits_are_clipped_after_it(tmp_path
 MTP = "--mtp-num-layers 1 --position-embedding-type rope"
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2",
                                     "--pipeline-model-parallel-size 2",
                                     "--context-parallel-size 2"])  # fmt: skip

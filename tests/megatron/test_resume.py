@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,12 @@ LONG = MODEL.replace("--train-iters 6", "--train-iters 8").replace("dropout 0.1"
 # Without Transformer Engine or Apex Megatron cannot load a checkpoint of its distributed optimizer
 # (it asks PyTorch's AdamW for steps that are not there yet), measured or not.
 FLAGS = "--bf16"
+MASTERS = "--use-distributed-optimizer --use-precision-aware-optimizer"
+
+
+def rare(*values: str) -> Any:
+    """A parameter of a test that waits for ``launch/test.sh --rare``."""
+    return pytest.param(*values, marks=pytest.mark.rare)
 
 
 # PyTorch's AdamW has no state of shards that are empty, as a small model has them on some rank, and
@@ -25,12 +32,11 @@ FLAGS = "--bf16"
         ("torch", ""),
         ("torch_dist", ""),
         ("fsdp_dtensor", f"{SHARDED} no_shard"),
-        ("torch_dist", "--context-parallel-size 2"),
-        ("torch_dist", MTP),
-        ("torch_dist", "--use-distributed-optimizer --use-precision-aware-optimizer"),
-        ("torch_dist", "--use-distributed-optimizer --use-precision-aware-optimizer "
-                       "--main-params-dtype fp16"),
-        ("fsdp_dtensor", f"{SHARDED} optim --use-precision-aware-optimizer"),
+        rare("torch_dist", "--context-parallel-size 2"),
+        rare("torch_dist", MTP),
+        ("torch_dist", MASTERS),
+        rare("torch_dist", f"{MASTERS} --main-params-dtype fp16"),
+        rare("fsdp_dtensor", f"{SHARDED} optim --use-precision-aware-optimizer"),
         ("fsdp_dtensor", f"{SHARDED} optim_grads_params --use-precision-aware-optimizer"),
     ],
 )
@@ -71,3 +77,21 @@ def test_a_checkpoint_of_a_measured_run_loads_where_nothing_is_measured(tmp_path
     ).expect_success()
     # Megatron's log averages the first iterations after a start.
     assert second.training_lines[2:] == whole.training_lines[6:]
+
+
+@pytest.mark.rare
+def test_a_resumed_run_with_its_optimizer_on_the_host_trains_as_without_measurements(
+    tmp_path: Path,
+) -> None:
+    # Megatron itself goes on otherwise than an uninterrupted run, measured or not.
+    flags = f"{FLAGS} {MASTERS} --optimizer-cpu-offload --optimizer-offload-fraction 0.5"
+    saving = f"{flags} --ckpt-format torch_dist --save {tmp_path}/checkpoints"
+    first = f"{saving} --save-interval 4 --exit-interval 4"
+    run(tmp_path / "first", first, processes=2, every=2, model=LONG).expect_success()
+    plain, measured = (
+        run(tmp_path / str(every), f"{flags} --load {tmp_path}/checkpoints", processes=2,
+            every=every, model=LONG).expect_success()
+        for every in (0, 2)
+    )  # fmt: skip
+    assert measured.hashes == plain.hashes
+    assert [record["status"] for record in measured.records] == ["found", "found"]
