@@ -123,7 +123,7 @@ class CriticalSharpnessCallback(Callback):
         if self._settings.due(context.state.train_state.step + 1):
             self._recording = RecordingSchedule(self._schedule, context.model)
             self._observed = ObservedStep(
-                context.optimizer, context.model, context.state.cfg.optimizer, offload=self._offload
+                context.optimizer, context.model, _options(context), offload=self._offload
             )
             self._watching.enter_context(self._observed.watching())
 

@@ -64,6 +64,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "vpp": (2, {"layers": 4, "model": VPP, **DISTRIBUTED}),
     "fsdp": (2, {**BF16, **SHARDED}),
+    "fsdp optim": (2, {**BF16, **SHARDED, "ddp": {
+        **SHARDED["ddp"], "data_parallel_sharding_strategy": "optim",
+        "overlap_grad_reduce": False, "overlap_param_gather": False}}),
+    "cp": (2, {**BF16, "model": {**BF16["model"], "context_parallel_size": 2}}),
+    "masters in the optimizer": (2, {**BF16, **OVERLAP, "optimizer": {
+        **BF16.get("optimizer", {}), **DISTRIBUTED["optimizer"],
+        "use_precision_aware_optimizer": True}}),
 }  # fmt: skip
 
 STATUSES = {"fp16 with skipped steps": ["skipped_step", "found", "found"]}
