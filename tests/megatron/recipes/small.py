@@ -80,7 +80,7 @@ SIZES = {
     "--num-attention-heads": 4, "--num-query-groups": 2, "--kv-channels": 8,
     "--ffn-hidden-size": 32, "--seq-length": 32, "--encoder-seq-length": 32,
     "--decoder-seq-length": 16, "--max-position-embeddings": 32, "--micro-batch-size": 1,
-    "--train-iters": ITERATIONS, "--log-interval": 1, "--eval-iters": 1, "--eval-interval": 2,
+    "--log-interval": 1, "--eval-iters": 1, "--eval-interval": 2,
     "--save-interval": 2, "--lr-decay-iters": 8, "--lr-warmup-iters": 1, "--manual-gc-interval": 2,
     "--check-weight-hash-across-dp-replicas-interval": 2, "--num-experts": 4,
     "--moe-router-topk": 2, "--moe-router-num-groups": 2, "--moe-router-group-topk": 1,
@@ -94,6 +94,9 @@ SIZES = {
     "--num-layers-per-virtual-pipeline-stage": 1, "--lr-warmup-samples": 0, "--num-workers": 0,
     "--microbatch-group-size-per-virtual-pipeline-stage": 2, "--recompute-num-layers": 1,
     "--decoder-first-pipeline-num-layers": 2, "--decoder-last-pipeline-num-layers": 2,
+    "--linear-key-head-dim": 8, "--linear-value-head-dim": 8, "--linear-num-key-heads": 2,
+    "--linear-num-value-heads": 4, "--dsa-indexer-head-dim": 8, "--dsa-indexer-n-heads": 2,
+    "--dsa-indexer-topk": 8, "--mamba-num-heads": 4, "--mamba-head-dim": 8, "--moe-latent-size": 16,
 }  # fmt: skip
 
 DATA = {"--tokenizer-type": "NullTokenizer", "--vocab-size": str(WORDS), "--split": "80,10,10"}
@@ -101,6 +104,9 @@ DATA = {"--tokenizer-type": "NullTokenizer", "--vocab-size": str(WORDS), "--spli
 #: What shards a model over data-parallel ranks, of which there are two then. Small shards that are
 #: empty on a rank cannot be saved by Megatron, so that nothing is saved.
 FULLY_SHARDED = {"--use-megatron-fsdp", "--use-torch-fsdp2"}
+
+#: Has Megatron find an error that it has put in itself, in the second step, and end with a code.
+STOPS_ITSELF = "--error-injection-rate"
 
 #: Models that learn to fill in masked words.
 MASKED = ("bert", "t5")
@@ -181,12 +187,13 @@ def shrunk(recipe: Recipe) -> Flags:
     if "--save" in flags:
         flags["--save"] = "checkpoints"
     batch = 2 * data_parallel(flags)
-    samples = {
+    lengths = {
+        "--train-iters": ITERATIONS,
         "--train-samples": ITERATIONS * batch,
         "--lr-decay-samples": 8 * batch,
         "--lr-wsd-decay-samples": 2 * batch,
     }
-    flags |= {name: str(number) for name, number in samples.items() if name in flags}
+    flags |= {name: str(number) for name, number in lengths.items() if name in flags}
     flags["--global-batch-size"] = str(batch)
     return flags | DATA | ({} if recipe.model in MASKED else {"--mock-data": "true"})
 
@@ -197,6 +204,11 @@ def _number(value: str) -> int:
 
 def size(flags: Flags, kind: str, otherwise: int = 1) -> int:
     return int(flags.get(f"--{kind}-parallel-size", otherwise))
+
+
+def interval(flags: Flags) -> int:
+    """Measure at every second step, so that a step and an evaluation follow, and a save on both."""
+    return 1 if STOPS_ITSELF in flags else 2
 
 
 def model_parallel(flags: Flags) -> int:

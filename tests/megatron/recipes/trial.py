@@ -21,18 +21,20 @@ from tests.megatron.recipes.small import (
     Flags,
     Recipe,
     command_line,
+    interval,
     processes,
     shrunk,
 )  # fmt: skip
 
 MASKED_WORDS = Path(__file__).parents[1] / "masked_words.py"
 
-#: Every second step, so that a step and an evaluation follow on a measurement, and a save on both.
-EVERY = 2
 MEASURED = "--critical-sharpness-watch always"
 
 #: Endings of a measurement that was made; the others say why it was not.
 MADE = {"found", "not_descent", "no_upper", "no_lower", "noise_limited", "exhausted", "non_finite"}
+
+#: Codes that Megatron ends with when it has found an error that it can repeat, or that it cannot.
+FOUND_ERRORS = (16, 17)
 
 OUTCOMES = {
     "measured": "trained bit for bit as without a measurement, and measured",
@@ -67,7 +69,8 @@ def attempt(checkout: Path, recipe: Recipe, folder: Path, timeout: float) -> Tri
     script = _script(checkout, recipe)
     if script is None:
         return Trial("refused", refused) if refused else Trial("Megatron cannot", NOT_OURS)
-    plain, measured = _train(checkout, script, recipe, folder, (0, EVERY), timeout)
+    every = interval(recipe.flags)
+    plain, measured = _train(checkout, script, recipe, folder, (0, every), timeout)
     stop = error(plain)
     if refused := refused or _refused_by_run(measured):
         return Trial("refused", refused, error=stop)
@@ -149,7 +152,7 @@ def _not_here(flags: Flags) -> str | None:
 def error(run: Run) -> str | None:
     """What stopped a run before it had made its steps, if anything did."""
     steps = len(run.training_lines)
-    if run.returncode == 0 and steps == ITERATIONS:
+    if (run.returncode == 0 and steps == ITERATIONS) or run.returncode in FOUND_ERRORS:
         return None
     # Where one rank has stopped, gloo stops the others.
     lines = re.findall(
@@ -174,6 +177,8 @@ def differences(plain: Run, other: Run) -> list[str]:
     ]
     if log(plain.output) != log(other.output):
         found.append("log")
+    if plain.returncode != other.returncode:
+        found.append("exit code")
     one, two = (contents(run.folder / "checkpoints") for run in (plain, other))
     found += [name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
     return found
