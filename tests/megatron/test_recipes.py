@@ -1,4 +1,4 @@
-"""Megatron-LM's own recipes train bit for bit the same with measurements, where a CPU trains them."""
+"""Megatron-LM's recipes train bit for bit the same with measurements, where a CPU trains them."""
 
 from __future__ import annotations
 

@@ -174,6 +174,10 @@ def shrunk(recipe: Recipe) -> Flags:
         flags["--num-layers"] = "6"  # the embedding and the loss count as one each
     if "--fp16" in flags:
         flags["--initial-loss-scale"] = "4096"  # it would fall for longer than this trains
+    if {"--use-tp-pp-dp-mapping", "--expert-tensor-parallel-size"} <= set(flags):
+        # There Megatron wants as many replicas of the experts as of the rest.
+        sharing = size(flags, "tensor-model") * size(flags, "context")
+        flags["--expert-tensor-parallel-size"] = str(sharing // size(flags, "expert-model"))
     experts = "m" if "--mtp-num-layers" in flags else ""
     patterns = {
         "--pipeline-model-parallel-layout": f"Et|t|t|t{experts}L",

@@ -120,11 +120,16 @@ def _train(
     return [finish(ranks, place, timeout) for place, ranks in started.items()]
 
 
+#: Flags whose values Megatron's arguments hold under another name.
+NAMES = {"--fp8-format": "fp8", "--fp4-format": "fp4"}
+
+
 def refusal(flags: Flags) -> str | None:
     """Why these flags cannot be measured with, whether or not a CPU could train with them."""
     try:
         refuse_unsupported(Namespace(**{
-            name.lstrip("-").replace("-", "_"): _parsed(value) for name, value in flags.items()
+            NAMES.get(name, name.lstrip("-").replace("-", "_")): _parsed(value)
+            for name, value in flags.items()
         }))  # fmt: skip
     except InputError as refused:
         return str(refused)
