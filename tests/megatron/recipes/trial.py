@@ -65,14 +65,15 @@ class Trial:
 def attempt(checkout: Path, recipe: Recipe, folder: Path, timeout: float) -> Trial:
     """Train the recipe both ways, side by side; what it wrote is kept unless it was measured."""
     shutil.rmtree(folder, ignore_errors=True)
-    refused = refusal(recipe.flags)
+    if refused := refusal(recipe.flags):
+        return Trial("refused", refused)
     script = _script(checkout, recipe)
     if script is None:
-        return Trial("refused", refused) if refused else Trial("Megatron cannot", NOT_OURS)
+        return Trial("Megatron cannot", NOT_OURS)
     every = interval(recipe.flags)
     plain, measured = _train(checkout, script, recipe, folder, (0, every), timeout)
     stop = error(plain)
-    if refused := refused or _refused_by_run(measured):
+    if refused := _refused_by_run(measured):
         return Trial("refused", refused, error=stop)
     if stop is not None:
         return Trial("Megatron cannot", _not_here(recipe.flags) or stop, error=stop)
@@ -108,7 +109,11 @@ def _train(
     if "--async-save" in flags and "async_strategy" in arguments:
         flags["--async-strategy"] = "mcore"
     observed = MASKED_WORDS if recipe.model in MASKED else script
-    environment = {"OBSERVED_SCRIPT": str(observed), "MASKED_WORDS": str(script)}
+    environment = {
+        "OBSERVED_SCRIPT": str(observed),
+        "OBSERVED_SITUATION": "memory_that_is_filled",
+        "MASKED_WORDS": str(script),
+    }
     started = {
         folder / str(every): start(
             folder / str(every), MEASURED * bool(every), model=" ".join(command_line(flags)),
