@@ -68,7 +68,7 @@ def entry(group: list[Recipe], trial: Trial, commit: str) -> dict[str, Any]:
 
 def counts(document: Document) -> Counter[str]:
     """Recipes by outcome."""
-    counted: Counter[str] = Counter()
+    counted = Counter(dict.fromkeys(OUTCOMES, 0))
     for group in document["groups"]:
         counted[group["outcome"]] += len(group["recipes"])
     return counted
@@ -143,15 +143,16 @@ def save(document: Document, path: Path) -> None:
 def page(document: Document) -> str:
     """The part of the page that is made of one file."""
     name, commit = document["checkout"], document["checkout_commit"]
-    ran = Counter(group["commit"] for group in document["groups"])
+    ours = sorted({group["commit"] for group in document["groups"]})
+    counted = counts(document)
     lines = [
         f"## {name}",
-        f"Version {document['checkout_version']}{f', commit {commit[:10]}' if commit else ''}; "
-        f"ours: {', '.join(each[:10] for each in ran)}; torch {document['versions']['torch']}. "
-        f"{len(document['groups'])} trainings that differ stand for "
-        f"{sum(counts(document).values())} recipes.",
+        f"**{', '.join(f'{outcome} {number}' for outcome, number in counted.items())}**: "
+        f"{sum(counted.values())} recipes, for which {len(document['groups'])} were trained. "
+        f"megatron-core {document['checkout_version']}{f' at {commit[:10]}' if commit else ''}, "
+        f"torch {document['versions']['torch']}; ours at {', '.join(ours)}.",
         table(document),
-        f"Measurements ended as {endings(document)}.",
+        f"The measurements ended as {endings(document)}.",
         "Left out of the recipes:",
         left_out(document),
     ]

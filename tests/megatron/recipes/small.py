@@ -154,7 +154,7 @@ def dropped(recipe: Recipe) -> dict[str, list[str]]:
     return {
         "kernels": sorted(gone & KERNELS),
         "elsewhere": sorted(gone & ELSEWHERE - KERNELS),
-        "too small": sorted(gone - ELSEWHERE - KERNELS),
+        "cannot be saved so small": sorted(gone - ELSEWHERE - KERNELS),
     }
 
 

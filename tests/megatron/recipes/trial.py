@@ -173,8 +173,8 @@ def error(run: Run) -> str | None:
 
 
 def _tidy(line: str) -> str:
-    """Without folders of this machine, and not long."""
-    return re.sub(r"(?<![\w.])/[\w./+-]*/", "", line)[:200]
+    """Without folders of this machine and modules above the one that it is about, and not long."""
+    return re.sub(r"(?<![\w.])/[\w./+-]*/| when instantiating \w+", "", line)[:200]
 
 
 def differences(plain: Run, other: Run) -> list[str]:
