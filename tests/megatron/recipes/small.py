@@ -44,7 +44,6 @@ NOT_HERE = {
     "--moe-enable-deepep": "a kernel library dispatches the tokens",
     "--export-te-mcore-model": "distillation needs ModelOpt",
     "--export-kd-cfg": "distillation needs ModelOpt",
-    "--fim-data": "its data needs a tokenizer that is not in the checkout",
     "--sft": "its data needs a tokenizer that is not in the checkout",
     "--hybrid-layer-pattern": "Mamba layers need a kernel library",
     "--hybrid-override-pattern": "Mamba layers need a kernel library",
@@ -72,6 +71,7 @@ ELSEWHERE = {
     "--tensorboard-dir", "--use-checkpoint-opt_param-scheduler",
     "--override-opt_param-scheduler", "--dist-ckpt-strictness", "--ckpt-fully-parallel-load",
     "--finetune", "--no-load-optim", "--legacy-tokenizer", "--log-energy",
+    "--fim-data", "--fim-rate", "--fim-spm-rate",
 }  # fmt: skip
 
 #: Sizes, each at most this.
