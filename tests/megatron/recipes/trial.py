@@ -6,6 +6,7 @@ import re
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MEASURED = "--critical-sharpness-watch always"
 
 #: Endings of a measurement that was made; the others say why it was not.
 MADE = {"found", "not_descent", "no_upper", "no_lower", "noise_limited", "exhausted", "non_finite"}
+
+NOT_OURS = "its trainer is another library's, which is not in the checkout"
 
 #: Codes that Megatron ends with when it has found an error that it can repeat, or that it cannot.
 FOUND_ERRORS = (16, 17)
@@ -79,20 +82,18 @@ def attempt(checkout: Path, recipe: Recipe, folder: Path, timeout: float) -> Tri
         return Trial("Megatron cannot", _not_here(recipe.flags) or stop, error=stop)
     if stop := error(measured):
         return Trial("failed", f"the measured run stopped: {stop}", error=stop)
-    statuses = [record["status"] for record in measured.records]
+    records = _records(measured)
+    statuses = [record["status"] for record in records]
     if found := differences(plain, measured):
         (again,) = _train(checkout, script, recipe, folder / "again", (0,), timeout)
-        if differences(plain, again):
+        if set(found) <= set(differences(plain, again)):
             return Trial("Megatron cannot", "two unmeasured runs differ", statuses)
         return Trial("differs", "; ".join(found[:8]), statuses)
-    reasons = [record["reason"] for record in measured.records if record["status"] == "failed"]
+    reasons = [record["reason"] for record in records if record["status"] == "failed"]
     if reasons or not MADE & set(statuses):
         return Trial("failed", _tidy(reasons[0]) if reasons else "nothing was measured", statuses)
     shutil.rmtree(folder)
     return Trial("measured", statuses=statuses)
-
-
-NOT_OURS = "its trainer is another library's, which is not in the checkout"
 
 
 def _script(checkout: Path, recipe: Recipe) -> Path | None:
@@ -155,6 +156,11 @@ def _refused_by_run(run: Run) -> str | None:
     return found[1] if found else None
 
 
+def _records(run: Run) -> list[dict[str, Any]]:
+    written = any((run.folder / "tensorboard").glob("*.jsonl"))
+    return run.records if written else []
+
+
 def _not_here(flags: Flags) -> str | None:
     return next((reason for flag, reason in NOT_HERE.items() if flag in flags), None)
 
@@ -181,7 +187,7 @@ def differences(plain: Run, other: Run) -> list[str]:
     """Names of all that training left and that is not the same, bit for bit."""
     found = [
         f"rank {rank}: {name}"
-        for rank, (one, two) in enumerate(zip(plain.hashes, other.hashes, strict=True))
+        for rank, (one, two) in enumerate(zip_longest(plain.hashes, other.hashes, fillvalue={}))
         for name in one.keys() | two.keys()
         if one.get(name) != two.get(name)
     ]
