@@ -25,7 +25,7 @@ from tests.megatron.recipes.small import (
     interval,
     processes,
     shrunk,
-)  # fmt: skip
+)
 
 MASKED_WORDS = Path(__file__).parents[1] / "masked_words.py"
 
