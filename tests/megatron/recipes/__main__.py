@@ -10,6 +10,8 @@ was stopped; what a run wrote is kept beside it unless it was measured.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def main() -> None:
         for path in results.COMMITTED:
             print(results.page(results.load(path)), end="\n\n")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the ranks, too
     groups = alike(trainings(arguments.checkout))
     groups = spread([g for g in groups if arguments.matching in g[0].title], arguments.only)
     arguments.folder.mkdir(parents=True, exist_ok=True)
