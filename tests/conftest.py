@@ -23,7 +23,7 @@ RARE = (
     "tests/megatron/test_checkout.py",
     "tests/megatron/test_configs.py",
     "tests/megatron/test_cpu.py",
-    "tests/megatron/test_recipes.py",
+    "tests/megatron/test_recipes.py::test_recipes_are_measured*",
     "tests/megatron/test_situations.py",
     "tests/megatron/test_versions.py",
     "tests/pytorch/test_layouts.py::test_on_several_processes*4-*",
@@ -49,6 +49,14 @@ LONG = (
     "tests/trainers/test_torchtitan.py",
     "tests/launch/test_fsdp.py",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-recipes",
+        action="store_true",
+        help="with MEGATRON_LM: all recipes of the checkout, not a sample of them",
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -196,3 +196,8 @@ def a_slow_checkpoint_writer() -> None:
         return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write_late)
+
+
+def memory_that_is_filled() -> None:
+    """What is never written is the same in every run, as gaps between parameters in checkpoints."""
+    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,16 +1,12 @@
-"""Megatron-LM's own recipes, made small, on the CPU backend: which of them start?
+"""Megatron-LM's own recipes, made small enough for a few processes on a CPU.
 
-The recipes are those of the checkout's functional tests. ``python -m tests.megatron.recipes
-CHECKOUT FOLDER`` with the checkout in ``PYTHONPATH`` trains each for two iterations and writes what
-stopped it, or null, to ``FOLDER/outcomes.json``. :func:`refusal` says which are left out and why,
-:func:`shrunk` what is made small.
+A recipe is a ``model_config.yaml`` of the checkout's functional tests. :func:`shrunk` keeps what it
+computes and how it is sharded, and makes sizes small, times short and data up. What it leaves out
+are :data:`KERNELS` and what lies :data:`ELSEWHERE`; :func:`dropped` lists it.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +15,9 @@ from typing import Any
 import yaml
 
 from megatron_sharpness.megatron.cpu import REQUIRED_FLAGS
-from tests.megatron.harness import run
 
-MASKED_WORDS = Path(__file__).with_name("masked_words.py")
 WORDS = 127
+ITERATIONS = 4
 
 #: A recipe's flags as Megatron's own shell script reads them: ``true`` is a flag without a value.
 Flags = dict[str, str]
@@ -34,24 +29,25 @@ SCRIPTS = {
     "gpt": ("pretrain_gpt.py",),
     "moe": ("pretrain_gpt.py",),
     "mixtral": ("pretrain_gpt.py",),
+    "hybrid": ("pretrain_hybrid.py", "pretrain_mamba.py"),
+    "nemotron": ("pretrain_hybrid.py", "pretrain_mamba.py"),
+    "mimo": ("examples/mimo/train.py",),
+    "multimodal-llava": ("pretrain_vlm.py",),
 }
 
-#: What the CPU backend does not have, by the flag that asks for it.
+#: What is not on a CPU, by the flag that asks for it: said of a recipe that does not train here.
 NOT_HERE = {
     "--fp8-format": "fp8 needs Transformer Engine",
     "--fp4-format": "fp4 needs Transformer Engine",
     "--tp-comm-overlap": "overlapped tensor parallelism needs Transformer Engine",
-    "--fine-grained-activation-offloading": "offloaded activations need Transformer Engine",
-    "--use-precision-aware-optimizer": "this optimizer needs Transformer Engine",
-    "--cuda-graph-impl": "CUDA graphs",
-    "--enable-cuda-graph": "CUDA graphs",
-    "--external-cuda-graph": "CUDA graphs",
-    "--multi-latent-attention": "this attention needs Transformer Engine",
     "--moe-flex-dispatcher-backend": "a kernel library dispatches the tokens",
     "--moe-enable-deepep": "a kernel library dispatches the tokens",
-    "--experimental-attention-variant": "a kernel library holds this attention",
     "--export-te-mcore-model": "distillation needs ModelOpt",
-    "--fim-data": "its data needs a tokenizer that is not in the checkout",
+    "--export-kd-cfg": "distillation needs ModelOpt",
+    "--sft": "its data needs a tokenizer that is not in the checkout",
+    "--hybrid-layer-pattern": "Mamba layers need a kernel library",
+    "--hybrid-override-pattern": "Mamba layers need a kernel library",
+    "--dataset-provider": "its data loader is another library's",
 }
 
 #: Flags that say which kernel computes something, or how fast, but not what.
@@ -74,7 +70,8 @@ ELSEWHERE = {
     "--step-batch-size-schedule", "--eval-global-batch-size", "--save-retain-interval",
     "--tensorboard-dir", "--use-checkpoint-opt_param-scheduler",
     "--override-opt_param-scheduler", "--dist-ckpt-strictness", "--ckpt-fully-parallel-load",
-    "--finetune", "--no-load-optim", "--legacy-tokenizer",
+    "--finetune", "--no-load-optim", "--legacy-tokenizer", "--log-energy",
+    "--fim-data", "--fim-rate", "--fim-spm-rate",
 }  # fmt: skip
 
 #: Sizes, each at most this.
@@ -83,17 +80,23 @@ SIZES = {
     "--num-attention-heads": 4, "--num-query-groups": 2, "--kv-channels": 8,
     "--ffn-hidden-size": 32, "--seq-length": 32, "--encoder-seq-length": 32,
     "--decoder-seq-length": 16, "--max-position-embeddings": 32, "--micro-batch-size": 1,
-    "--train-iters": 2, "--log-interval": 1, "--eval-iters": 1, "--eval-interval": 2,
-    "--save-interval": 2, "--num-experts": 4, "--moe-router-topk": 2, "--moe-router-num-groups": 2,
-    "--moe-router-group-topk": 1, "--moe-ffn-hidden-size": 32,
+    "--log-interval": 1, "--eval-iters": 1, "--eval-interval": 2,
+    "--save-interval": 2, "--lr-decay-iters": 8, "--lr-warmup-iters": 1, "--manual-gc-interval": 2,
+    "--check-weight-hash-across-dp-replicas-interval": 2, "--num-experts": 4,
+    "--moe-router-topk": 2, "--moe-router-num-groups": 2, "--moe-router-group-topk": 1,
+    "--moe-ffn-hidden-size": 32,
     "--moe-shared-expert-intermediate-size": 32, "--q-lora-rank": 16, "--kv-lora-rank": 16,
     "--qk-head-dim": 8, "--qk-pos-emb-head-dim": 8, "--v-head-dim": 8, "--mtp-num-layers": 1,
     "--mup-base-hidden-size": 16, "--tensor-model-parallel-size": 2,
-    "--pipeline-model-parallel-size": 2, "--expert-model-parallel-size": 2,
+    "--pipeline-model-parallel-size": 2, "--context-parallel-size": 2,
+    "--expert-model-parallel-size": 2, "--img-h": 56, "--img-w": 56, "--dataloader-seq-length": 32,
     "--expert-tensor-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2,
     "--num-layers-per-virtual-pipeline-stage": 1, "--lr-warmup-samples": 0, "--num-workers": 0,
     "--microbatch-group-size-per-virtual-pipeline-stage": 2, "--recompute-num-layers": 1,
     "--decoder-first-pipeline-num-layers": 2, "--decoder-last-pipeline-num-layers": 2,
+    "--linear-key-head-dim": 8, "--linear-value-head-dim": 8, "--linear-num-key-heads": 2,
+    "--linear-num-value-heads": 4, "--dsa-indexer-head-dim": 8, "--dsa-indexer-n-heads": 2,
+    "--dsa-indexer-topk": 8, "--mamba-num-heads": 4, "--mamba-head-dim": 8, "--moe-latent-size": 16,
 }  # fmt: skip
 
 DATA = {"--tokenizer-type": "NullTokenizer", "--vocab-size": str(WORDS), "--split": "80,10,10"}
@@ -101,6 +104,9 @@ DATA = {"--tokenizer-type": "NullTokenizer", "--vocab-size": str(WORDS), "--spli
 #: What shards a model over data-parallel ranks, of which there are two then. Small shards that are
 #: empty on a rank cannot be saved by Megatron, so that nothing is saved.
 FULLY_SHARDED = {"--use-megatron-fsdp", "--use-torch-fsdp2"}
+
+#: Has Megatron find an error that it has put in itself, in the second step, and end with a code.
+STOPS_ITSELF = "--error-injection-rate"
 
 #: Models that learn to fill in masked words.
 MASKED = ("bert", "t5")
@@ -116,6 +122,10 @@ class Recipe:
     environment: dict[str, str]
     trains: bool
 
+    @property
+    def title(self) -> str:
+        return f"{self.model}/{self.name}"
+
 
 def recipes(checkout: Path) -> list[Recipe]:
     cases = checkout / "tests" / "functional_tests" / "test_cases"
@@ -129,21 +139,28 @@ def recipes(checkout: Path) -> list[Recipe]:
     return found
 
 
+def trainings(checkout: Path) -> list[Recipe]:
+    """Those that train a model on batches: not those that generate text, or convert."""
+    return [
+        recipe
+        for recipe in recipes(checkout)
+        if recipe.trains and recipe.flags and "--perform-rl-step" not in recipe.flags
+    ]
+
+
+def dropped(recipe: Recipe) -> dict[str, list[str]]:
+    """Flags that the small recipe does without, by why."""
+    gone = recipe.flags.keys() - shrunk(recipe).keys()
+    return {
+        "kernels": sorted(gone & KERNELS),
+        "elsewhere": sorted(gone & ELSEWHERE - KERNELS),
+        "cannot be saved so small": sorted(gone - ELSEWHERE - KERNELS),
+    }
+
+
 def _text(value: Any) -> str:
     text = str(value).strip().replace("${REPEAT}", "1")
     return text.lower() if isinstance(value, bool) else text
-
-
-def refusal(recipe: Recipe) -> str | None:
-    """Why the CPU backend cannot train this one."""
-    flags = recipe.flags
-    if not recipe.trains or "--perform-rl-step" in flags or not flags:
-        return "generates text, or converts"
-    if recipe.model not in SCRIPTS:
-        return f"{recipe.model}: its layers, data or trainer are another library's"
-    if int(flags.get("--context-parallel-size", 1)) > 1:
-        return "context parallelism needs Transformer Engine"
-    return next((reason for flag, reason in NOT_HERE.items() if flag in flags), None)
 
 
 def shrunk(recipe: Recipe) -> Flags:
@@ -157,10 +174,15 @@ def shrunk(recipe: Recipe) -> Flags:
         flags["--num-layers"] = "6"  # the embedding and the loss count as one each
     if "--fp16" in flags:
         flags["--initial-loss-scale"] = "4096"  # it would fall for longer than this trains
+    if {"--use-tp-pp-dp-mapping", "--expert-tensor-parallel-size"} <= set(flags):
+        # There Megatron wants as many replicas of the experts as of the rest.
+        sharing = size(flags, "tensor-model") * size(flags, "context")
+        flags["--expert-tensor-parallel-size"] = str(sharing // size(flags, "expert-model"))
     experts = "m" if "--mtp-num-layers" in flags else ""
     patterns = {
         "--pipeline-model-parallel-layout": f"Et|t|t|t{experts}L",
         "--moe-layer-freq": "([0]*1+[1]*3)",
+        "--hierarchical-context-parallel-sizes": "[2 1]",
     }
     flags |= {name: value for name, value in patterns.items() if name in flags}
     if FULLY_SHARDED & set(flags):
@@ -168,9 +190,15 @@ def shrunk(recipe: Recipe) -> Flags:
             flags.pop(name, None)
     if "--save" in flags:
         flags["--save"] = "checkpoints"
-    if "--train-samples" in flags:
-        flags["--train-samples"] = str(2 * 2 * data_parallel(flags))
-    flags["--global-batch-size"] = str(2 * data_parallel(flags))
+    batch = 2 * data_parallel(flags)
+    lengths = {
+        "--train-iters": ITERATIONS,
+        "--train-samples": ITERATIONS * batch,
+        "--lr-decay-samples": 8 * batch,
+        "--lr-wsd-decay-samples": 2 * batch,
+    }
+    flags |= {name: str(number) for name, number in lengths.items() if name in flags}
+    flags["--global-batch-size"] = str(batch)
     return flags | DATA | ({} if recipe.model in MASKED else {"--mock-data": "true"})
 
 
@@ -182,18 +210,22 @@ def size(flags: Flags, kind: str, otherwise: int = 1) -> int:
     return int(flags.get(f"--{kind}-parallel-size", otherwise))
 
 
+def interval(flags: Flags) -> int:
+    """Measure at every second step, so that a step and an evaluation follow, and a save on both."""
+    return 1 if STOPS_ITSELF in flags else 2
+
+
 def model_parallel(flags: Flags) -> int:
-    return size(flags, "tensor-model") * size(flags, "pipeline-model")
+    return size(flags, "tensor-model") * size(flags, "pipeline-model") * size(flags, "context")
 
 
 def processes(flags: Flags) -> int:
-    """As few as its parallel sizes allow."""
+    """As few as its parallel sizes allow, in two replicas where that makes four at most."""
     expert_tensor = size(flags, "expert-tensor", size(flags, "tensor-model"))
     experts = size(flags, "expert-model") * expert_tensor * size(flags, "pipeline-model")
-    replicas = min(2, int(flags.get("--num-distributed-optimizer-instances", 1)))
-    if FULLY_SHARDED & set(flags):
-        replicas = 2
-    return replicas * max(experts, model_parallel(flags))
+    least = max(experts, model_parallel(flags))
+    several = int(flags.get("--num-distributed-optimizer-instances", 1)) > 1
+    return least * (2 if several or FULLY_SHARDED & set(flags) or least <= 2 else 1)
 
 
 def data_parallel(flags: Flags) -> int:
@@ -218,7 +250,7 @@ def alike(recipes: list[Recipe]) -> list[list[Recipe]]:
     for recipe in recipes:
         flags = shrunk(recipe)
         kept = (item for item in flags.items() if item[0] in SIZES or not _is_number(item[1]))
-        groups[SCRIPTS[recipe.model], frozenset(flags), frozenset(kept)].append(recipe)
+        groups[SCRIPTS.get(recipe.model), frozenset(flags), frozenset(kept)].append(recipe)
     return list(groups.values())
 
 
@@ -228,36 +260,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def error(checkout: Path, recipe: Recipe, folder: Path) -> str | None:
-    """What stopped the recipe's two iterations, if anything did."""
-    script = next(checkout / name for name in SCRIPTS[recipe.model] if (checkout / name).exists())
-    flags = shrunk(recipe)
-    arguments = (checkout / "megatron" / "training" / "arguments.py").read_text()
-    if "--async-save" in flags and "async_strategy" in arguments:
-        flags["--async-strategy"] = "mcore"
-    masked = recipe.model in MASKED
-    result = run(
-        folder, "", model=" ".join(command_line(flags)), processes=processes(flags), timeout=90.0,
-        script=MASKED_WORDS if masked else script,
-        environment={**recipe.environment, "MASKED_WORDS": str(script)},
-    )  # fmt: skip
-    if result.returncode == 0 and len(result.training_lines) == int(flags.get("--train-iters", 2)):
-        return None
-    # Where one rank has stopped, gloo stops the others.
-    lines = re.findall(r"^\w*Error\b(?!.*gloo).*|^stopped: .*", result.output, re.MULTILINE)
-    return lines[-1] if lines else f"exit code {result.returncode}"
-
-
-def main(checkout: Path, folder: Path) -> None:
-    outcomes: dict[str, str | None] = {}
-    for number, group in enumerate(alike([r for r in recipes(checkout) if refusal(r) is None])):
-        outcome = error(checkout, group[0], folder / str(number))
-        outcomes |= dict.fromkeys((recipe.name for recipe in group), outcome)
-        print(f"{number}: {len(group)} like {group[0].name}: {outcome or 'started'}", flush=True)
-    (folder / "outcomes.json").write_text(json.dumps(outcomes, indent=1))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
