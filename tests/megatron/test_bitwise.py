@@ -148,6 +148,11 @@ LAYOUTS = {
                                       "--num-layers 4 --activation-offload-fraction 0.5"),
     "fp16 cross entropy": (1, "--fp16 --initial-loss-scale 4096 --fp16-lm-cross-entropy"),
     "clipped logits": (2, "--bf16 --qk-clip --qk-clip-threshold 0.02 --log-max-attention-logit"),
+    "mla": (2, "--bf16 --multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 "
+               "--qk-pos-emb-head-dim 8 --v-head-dim 8 --position-embedding-type rope "
+               "--tensor-model-parallel-size 2"),
+    "norms of one more": (2, "--bf16 --apply-layernorm-1p --normalization RMSNorm "
+                             "--tensor-model-parallel-size 2 --sequence-parallel"),
     "largest logits": (1, "--bf16 --log-max-attention-logit"),
     "fsdp2 tp": (4, f"{FSDP2} --bf16 --tensor-model-parallel-size 2 --sequence-parallel"),
 }  # fmt: skip

@@ -1,5 +1,5 @@
-"""Megatron's own attention with what it leaves to Transformer Engine's: context parallelism, and
-the largest logits of each head."""
+"""Megatron's own attention with what it leaves to Transformer Engine's: context parallelism, the
+largest logits of each head, and values narrower than keys (multi-latent attention)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ def complete_attention() -> None:
     build, attend = DotProductAttention.__init__, DotProductAttention.forward
 
     @functools.wraps(build)
-    def build_complete(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def build_complete(
+        self: Any,
+        config: Any,
+        *args: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         alone = copy.copy(config)
         alone.context_parallel_size = 1
+        if v_channels is not None:
+            alone.kv_channels = v_channels  # of its output; the scale of the logits is given
         build(self, alone, *args, **kwargs)
         self.config = config
         if getattr(config, "qk_clip", False) or getattr(config, "log_max_attention_logit", False):

@@ -142,7 +142,7 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(param, name, value)
 
     @torch.no_grad()
-    def step(self, closure: None = None, grad_scaler: None = None) -> None:
+    def step(self, closure: None = None, grad_scaler: None = None) -> None:  # type: ignore[override]
         """One step, computed in fp32."""
         for group in self.param_groups:
             if group["params"]:
@@ -236,7 +236,7 @@ def use_fused_adam() -> None:
     from megatron.core.optimizer import distrib_optimizer, optimizer_config
 
     modules: tuple[Any, ...] = (optimizers, distrib_optimizer, optimizer_config)
-    optimizers.Adam = distrib_optimizer.Adam = FusedAdam  # type: ignore[misc]
+    optimizers.Adam = distrib_optimizer.Adam = FusedAdam
     optimizers.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
     for module in modules:

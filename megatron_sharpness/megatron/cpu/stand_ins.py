@@ -8,6 +8,10 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
 from megatron_sharpness.megatron.cpu.attention import complete_attention
 from megatron_sharpness.megatron.cpu.cuda import tensors_on_the_host
 from megatron_sharpness.megatron.cpu.fused_adam import stand_in_for_fused_adam
@@ -20,7 +24,8 @@ def replace_parts() -> None:
     _keep_the_compiled_helper()
     _local_layers_for_bert()
     _routers_without_transformer_engine()
-    _norms_under_sequence_parallelism()
+    _norms_like_transformer_engines()
+    _norms_of_images()
     _copies_for_the_checkpoint_writer()
     _optimizers_on_the_host()
     _activations_on_the_host()
@@ -56,22 +61,57 @@ def _routers_without_transformer_engine() -> None:
     vars(moe_utils).setdefault("te_general_gemm", None)
 
 
-def _norms_under_sequence_parallelism() -> None:
+def _norms_like_transformer_engines() -> None:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     build_norm = WrappedTorchNorm.__new__
 
-    def build_sequence_parallel_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_other_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
         # PyTorch's norm is right under sequence parallelism as long as its gradients are summed
         # over the tensor-parallel ranks, which Megatron does for parameters that carry this mark.
         plain = copy.copy(config)
-        plain.sequence_parallel = False
+        plain.sequence_parallel = plain.layernorm_zero_centered_gamma = False
         norm = build_norm(cls, plain, *args, **kwargs)
+        if config.layernorm_zero_centered_gamma:
+            norm.__class__ = _CENTERED[type(norm)]
+            torch.nn.init.zeros_(norm.weight)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
-    WrappedTorchNorm.__new__ = build_sequence_parallel_norm
+    WrappedTorchNorm.__new__ = build_other_norm
+
+
+class _CenteredLayerNorm(torch.nn.LayerNorm):
+    """With 1 + weight (``--apply-layernorm-1p``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class _CenteredRMSNorm(torch.nn.RMSNorm):
+    """With 1 + weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, list(self.normalized_shape), self.weight + 1, self.eps)
+
+
+_CENTERED: dict[type, type] = {
+    torch.nn.LayerNorm: _CenteredLayerNorm,
+    torch.nn.RMSNorm: _CenteredRMSNorm,
+}
+
+
+def _norms_of_images() -> None:
+    # The first norm of the vision model is PyTorch's by default, which takes no configuration.
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build: Any = CLIPViTModel.__init__
+    build.__defaults__ = tuple(
+        WrappedTorchNorm if default is torch.nn.LayerNorm else default
+        for default in build.__defaults__
+    )
 
 
 def _copies_for_the_checkpoint_writer() -> None:
