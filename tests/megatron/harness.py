@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ def start(
     They are forks of one that has the installed Megatron imported, unless another one is to be
     used (``pythonpath``), or our module is not (``module``).
     """
-    command = [str(script), *model.split(), *flags.split()]
+    command = [str(script), *shlex.split(model), *shlex.split(flags)]
     command += ["--tensorboard-dir", str(folder / "tensorboard")]
     if every:
         command += ["--measure-critical-sharpness-every", str(every)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sharpness.sweeps.runs import REPORT
-from tests.megatron.harness import other_data, run
+from tests.megatron.harness import MODEL, other_data, run
 
 OVERLAP = "--bf16 --overlap-grad-reduce --overlap-param-gather"
 SHARDED = (
@@ -53,6 +53,7 @@ LAYOUTS = {
                         "--untie-embeddings-and-output-weights"),
     "recompute": (1, "--bf16 --recompute-granularity full --recompute-method uniform "
                      "--recompute-num-layers 1"),
+    "no reruns": (1, "--bf16 --rerun-mode disabled"),
     "eval mode": (1, "--bf16 --critical-sharpness-mode eval"),
     "offload": (1, "--bf16 --critical-sharpness-offload cpu"),
     "bisection": (1, "--bf16 --critical-sharpness-method bisection"),
@@ -221,3 +222,19 @@ def test_a_frozen_run_leaves_the_model_as_it_was(layout: str, tmp_path: Path) ->
     assert [record["iteration"] for record in frozen.all_records] == [4, 4, 6, 6]
     assert REPORT.search(frozen.output)
     assert {record["status"] for record in frozen.records} == {"found"}
+
+
+def test_training_whose_batches_grow_is_the_same(tmp_path: Path) -> None:
+    samples = MODEL.replace("--train-iters 6", "--train-samples 40").replace(
+        "--lr-warmup-iters 2", "--lr-warmup-samples 8"
+    ).replace("--global-batch-size 8", "")  # fmt: skip
+    tokens = 16 * 32
+    growing = f"--bf16 --step-batch-size-schedule '0:4 {tokens}:8'"
+    plain, measured = (
+        run(tmp_path / str(every), growing, every=every, model=samples).expect_success()
+        for every in (0, 2)
+    )
+    assert measured.hashes == plain.hashes
+    assert measured.training_lines == plain.training_lines
+    assert [r["consumed_samples"] for r in measured.records] == [8, 16, 32]
+    assert [r["tokens"] for r in measured.records] == [4 * 32, 4 * 32, 8 * 32]

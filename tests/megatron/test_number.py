@@ -172,6 +172,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     f"{SHARDED} no_shard", f"{SHARDED} optim", f"{SHARDED} optim_grads", FULLY,
     f"{FULLY} {OVERLAP}", f"{FULLY} {OVERLAP} --fsdp-double-buffer",
     f"{FULLY} --megatron-fsdp-main-params-dtype auto", f"{FSDP2}",
+    f"{FULLY} --use-precision-aware-optimizer",
     f"{FSDP2} --torch-fsdp2-no-reshard-after-forward",
 ])  # fmt: skip
 def test_critical_lr_does_not_depend_on_how_fsdp_shards(

@@ -13,7 +13,7 @@ BIAS = (
     "--num-experts 4 --expert-model-parallel-size 2 --bf16 --moe-router-score-function sigmoid "
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2"
 )
-ROPE = "--bf16 --position-embedding-type rope"
+MTP = "--bf16 --position-embedding-type rope --mtp-num-layers 1"
 
 #: Situation → (processes, flags, what the watch names).
 NAMED = {
@@ -21,7 +21,7 @@ NAMED = {
     "tokens_counted_and_nothing_put_back": (
         2, BIAS, ["layers.0.mlp.router.local_tokens_per_expert", "layers.1.mlp.router.expert_bias"]
     ),
-    "multi_token_prediction": (1, ROPE, ["MTPLossLoggingHelper.tracker["]),
+    "a_log_that_no_one_knows_of": (1, MTP, ["MTPLossLoggingHelper.tracker["]),
     "attention_logits_that_are_not_put_back": (
         1, "--bf16", ["core_attention.current_max_attn_logits"]
     ),
@@ -49,8 +49,8 @@ def test_the_watch_names_what_a_measurement_has_changed(situation: str, tmp_path
 
 def test_small_logs_are_put_back_by_the_watch(tmp_path: Path) -> None:
     """MTP's log is a class attribute that no one here knows of."""
-    plain = trained(tmp_path / "plain", "multi_token_prediction", ROPE, 1, every=0)
-    measured = trained(tmp_path / "measured", "multi_token_prediction", ROPE, 1)
+    plain = trained(tmp_path / "plain", "a_log_that_no_one_knows_of", MTP, 1, every=0)
+    measured = trained(tmp_path / "measured", "a_log_that_no_one_knows_of", MTP, 1)
     assert measured.hashes == plain.hashes and measured.training_lines == plain.training_lines
 
 
@@ -70,8 +70,8 @@ def test_what_modules_keep_is_put_back(
 
 def test_a_watch_that_has_named_something_can_end_the_run(tmp_path: Path) -> None:
     result = run(
-        tmp_path, f"{ROPE} --critical-sharpness-on-error raise", every=2,
-        environment={"OBSERVED_SITUATION": "multi_token_prediction"},
+        tmp_path, f"{MTP} --critical-sharpness-on-error raise", every=2,
+        environment={"OBSERVED_SITUATION": "a_log_that_no_one_knows_of"},
     )  # fmt: skip
     assert result.returncode and "MTPLossLoggingHelper" in result.output
 

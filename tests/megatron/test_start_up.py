@@ -87,10 +87,7 @@ REFUSED = {
     f"{EVERY} 10 --critical-sharpness-log /proc/none/log.jsonl": [
         "--critical-sharpness-log /proc/none/log.jsonl", "cannot be written", "name a file",
     ],
-    f"{EVERY} 10 --fp16 --fp16-lm-cross-entropy": ["--fp16-lm-cross-entropy", "too coarse"],
-    f"{EVERY} 10 --mtp-num-layers 1 --position-embedding-type rope": [
-        "--mtp-num-layers 1", "Leave one of the two out",
-    ],
+    f"{EVERY} 10 --perform-rl-step": ["--perform-rl-step True", "Leave one of the two out"],
 }  # fmt: skip
 
 
