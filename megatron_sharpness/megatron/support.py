@@ -78,8 +78,8 @@ def _refusals(args: Any) -> Iterator[tuple[str, object, str]]:
         yield (
             "--num-distributed-optimizer-instances",
             args.num_distributed_optimizer_instances,
-            "without --overlap-grad-reduce Megatron-FSDP does not reduce the gradients between its "
-            "instances, so that each trains weights of its own and there is no one θ; add it",
+            "unless --overlap-grad-reduce is given, Megatron-FSDP does not reduce the gradients "
+            "between its instances, so that each trains weights of its own and there is no one θ",
         )
 
 

@@ -90,7 +90,7 @@ HYBRID = {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2}
 
 
 def test_instances_of_megatron_fsdp_that_are_never_brought_together_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"instances 2: without --overlap-grad-reduce .* no one θ"):
+    with pytest.raises(ValueError, match=r"instances 2: unless --overlap-grad-reduce .* no one θ"):
         support.refuse_unsupported(arguments(**HYBRID))
     support.refuse_unsupported(arguments(**HYBRID, overlap_grad_reduce=True))
 
