@@ -21,6 +21,7 @@ from megatron_sharpness.core.replay import all_max, first_error
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.data.evaluation import EvaluationSet
+from megatron_sharpness.megatron import engine
 from megatron_sharpness.megatron.line import MegatronLine
 from megatron_sharpness.megatron.replay import (
     Loss,
@@ -176,12 +177,13 @@ class ObservedStep:
             [
                 self._error is not None,
                 not success,
+                schedule.first,
                 self.line.coarse,
                 *self._rates,
             ],
             dtype=torch.float64,
         )
-        failed, skipped, coarse, lr, weight_decay = all_max(flags, current_device()).tolist()
+        failed, skipped, first, coarse, lr, weight_decay = all_max(flags, current_device()).tolist()
         lr, weight_decay = max(lr, 0.0), max(weight_decay, 0.0)
         seen = Step(
             iteration=iteration,
@@ -190,11 +192,11 @@ class ObservedStep:
             weight_decay=weight_decay,
             beta1=self.options.adam_beta1 if self.options.optimizer == "adam" else None,
             coarse=bool(coarse),
-            skipped=SKIPPED if skipped else None,
+            skipped=SKIPPED if skipped else engine.FIRST_PASS if first else None,
             failed=first_error(self._error) if failed else None,
             started=started,
         )
-        if failed or skipped or lr == 0.0:
+        if failed or seen.skipped or lr == 0.0:
             self.line.release()
             return seen
         loss, _ = schedule.reduce(schedule.losses, None, per_token=schedule.per_token)
@@ -209,6 +211,7 @@ class ObservedStep:
             seen,
             trained=trained,
             training_loss=loss if trained else None,
+            terms=schedule.terms,
             slope=products.decrease / lr / clip,
             noise=products.noise(clip),
             resolution=products.resolution(lr),

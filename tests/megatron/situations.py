@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, training
 
 from megatron_sharpness.megatron import replay
+from tests.megatron import engine_stand_in
 
 RANK = int(os.environ["RANK"])
 
@@ -196,3 +197,17 @@ def a_slow_checkpoint_writer() -> None:
         return write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write_late)
+
+
+def fp8_delayed() -> None:
+    """Transformer Engine's delayed scaling, emulated."""
+    engine_stand_in.install(engine_stand_in.Delayed)
+
+
+def fp8_delayed_before_2_16() -> None:
+    engine_stand_in.install(engine_stand_in.Delayed, old=True)
+
+
+def fp8_tensorwise() -> None:
+    """Its current scaling, emulated."""
+    engine_stand_in.install(engine_stand_in.Tensorwise)
