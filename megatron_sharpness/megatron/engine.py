@@ -42,6 +42,15 @@ def quantizes(model: Sequence[Any]) -> bool:
     return bool(get_model_config(model[0]).fp8) and _manager() is not None
 
 
+def weights_type(model: Sequence[Any]) -> torch.dtype | None:
+    """In which type quantized forward passes read weights; None where they do not.
+
+    Not all weights are quantized: embeddings and norms are not, so that the noise of the rounding
+    is rather too large.
+    """
+    return torch.float8_e4m3fn if quantizes(model) else None
+
+
 def shared_state(model: Sequence[Any]) -> dict[str, object]:
     """By name, what a forward pass changes beside the modules; nothing where none quantizes."""
     if not quantizes(model):

@@ -33,6 +33,14 @@ def by_kernels(schedule: Callable[..., Any]) -> Callable[..., Any]:
             return schedule
 
 
+def holders(model: Sequence[Any]) -> list[object]:
+    """What holds the graphs of layers, with activations of training and views of weights: nothing
+    that a pass beside them changes, and nothing to keep a copy of."""
+    modules = [module for chunk in model for module in chunk.modules()]
+    managers = [module for module in modules if isinstance(module, CudaGraphManager)]
+    return [*managers, *(m.cuda_graphs for m in modules if hasattr(m, "cuda_graphs"))]
+
+
 def switches(model: Sequence[Any]) -> list[Switch]:
     """What makes a pass call no graph of a layer, and record none."""
     config = get_model_config(model[0])
@@ -52,6 +60,7 @@ def _call_without_graph(
     self: Any, module: Any, args: Any, kwargs: Any, cache_key: Any = None
 ) -> Any:
     """As ``CudaGraphManager.__call__`` itself where it has no graph for an evaluation."""
+    self.is_first_microbatch = False
     if self.func is not None:
         return self.func(*args, **kwargs)
     return super(MegatronModule, module).__call__(*args, **kwargs)

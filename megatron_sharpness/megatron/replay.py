@@ -13,6 +13,7 @@ from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.moe import router
 from megatron.core.utils import StragglerDetector, get_model_config
+from torch.distributed.tensor import DTensor
 
 from megatron_sharpness.core.replay import RandomStates, reduce_loss
 from megatron_sharpness.core.state import State
@@ -300,7 +301,19 @@ def state_of(model: Sequence[Any]) -> State:
     """What the modules of this rank's model chunks keep beside their parameters."""
     roots = {f"model {i}": megatron_fsdp.unwrapped(chunk) for i, chunk in enumerate(model)}
     opened = (engine.LIBRARY,) if engine.quantizes(model) else ()
-    return State({**roots, **engine.shared_state(model)}, opened=opened)
+    weights = {_storage(weight) for chunk in model for weight in chunk.parameters()}
+    return State(
+        {**roots, **engine.shared_state(model)},
+        copied=lambda tensor: _storage(tensor) not in weights,  # a probe moves weights
+        opened=opened,
+        without=graphs.holders(model),
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Where a tensor lies; what has no memory lies nowhere that another one does."""
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.untyped_storage().data_ptr() or -id(held)
 
 
 def reduce_losses(

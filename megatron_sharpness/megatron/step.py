@@ -34,6 +34,12 @@ from megatron_sharpness.megatron.watch import watch_over
 #: Why Megatron does not step.
 SKIPPED = "Megatron has skipped this step: its gradients overflow at this loss scale"
 
+#: What a self-test can see of probes beside what it sees at θ.
+OVERWRITTEN = (
+    "a forward pass has changed the weights that it was to read: they are held somewhere else, "
+    "too, and were put back"
+)
+
 
 class ObservedStep:
     """One optimizer step seen from both sides, its learning rate and its outcome.
@@ -55,6 +61,7 @@ class ObservedStep:
         self._outcome: tuple[bool, float | None] = (False, None)
         self._error: Exception | None = None
         self._left: Checksums | None = None
+        self._verifies = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -112,6 +119,7 @@ class ObservedStep:
         Returns:
             The records, for the meter to write.
         """
+        self._verifies = bool(meter.self_tested) and meter.watches
         step = self._agree(iteration, consumed_samples, schedule, trained)
         if frozen and step.failed is not None:
             raise RuntimeError(f"iteration {iteration} could not be taken back: {step.failed}")
@@ -250,12 +258,14 @@ class ObservedStep:
 
         They are the same numbers on every rank. One that could not write its weights makes the
         collectives that the others wait in all the same, and says so in the reduction of the loss.
+        While a run tests itself it is seen, too, that the passes leave the weights as they are.
         """
         error: Exception | None = None
         try:
             self.line.move(fraction)
         except Exception as caught:
             error = caught
+        written = self.line.weights() if self._verifies and error is None else None
         self.line.gathers.sync()
         found = []
         for run in passes:
@@ -265,6 +275,8 @@ class ObservedStep:
             except Exception as caught:
                 error = error or caught
             self.line.gathers.finish()
+            if written is not None and written != self.line.weights():
+                error = error or ProbeError(OVERWRITTEN)
             found.append(reduce(losses, error))
         return found
 

@@ -120,9 +120,9 @@ def checkpoint(function: Any, distribute: bool, tracker: Any, group: Any, *input
     def run(*given: Any) -> Any:
         nonlocal passes
         passes += 1
-        with activation_recompute_forward(passes > 1):
-            with autocast() if passes > 1 else contextlib.nullcontext():
-                return function(*given)
+        region = autocast() if passes > 1 else contextlib.nullcontext()
+        with activation_recompute_forward(passes > 1), region:
+            return function(*given)
 
     return tensor_parallel.checkpoint(run, distribute, *inputs)
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, training
 
 from megatron_sharpness.megatron import replay
-from tests.megatron import engine_stand_in
+from tests.megatron import engine_stand_in, graph_stand_in
 
 RANK = int(os.environ["RANK"])
 
@@ -211,3 +211,8 @@ def fp8_delayed_before_2_16() -> None:
 def fp8_tensorwise() -> None:
     """Its current scaling, emulated."""
     engine_stand_in.install(engine_stand_in.Tensorwise)
+
+
+def cuda_graphs() -> None:
+    """Graphs that are captured and replayed on the CPU."""
+    graph_stand_in.install()
