@@ -115,8 +115,8 @@ class Step:
         bracketed = record.critical_lr_lower is not None and record.critical_lr_upper is not None
         where = "as narrow a bracket as was asked for" if bracketed else "where it falls below L(θ)"
         if 2 * self.noise**2 > record.noise**2:
-            source = "of rounding the weights"
-            remedy = "weights of more bits in the forward pass"
+            source = "of rounding the weights to 16 bits"
+            remedy = "fp32 weights in the forward pass"
         else:
             source, remedy = "of evaluating it again", "kernels that repeat, or fp32"
         return (

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from megatron.core import recompute, tensor_parallel
+from megatron.core import mpu, recompute, tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
@@ -63,7 +63,8 @@ class FP8GlobalStateManager:
         if not forward or not state.global_scale_buffer:
             return
         amaxes = torch.cat([history[0] for history in state.global_amax_history_buffer])
-        torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX)
+        group = mpu.get_amax_reduction_group(with_context_parallel=True)
+        torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
         parts = amaxes.split([len(scale) for scale in state.global_scale_buffer])
         for amax, history, scale in zip(
             parts, state.global_amax_history_buffer, state.global_scale_buffer, strict=True
