@@ -313,7 +313,10 @@ def state_of(model: Sequence[Any]) -> State:
 def _storage(tensor: torch.Tensor) -> int:
     """Where a tensor lies; what has no memory lies nowhere that another one does."""
     held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return held.untyped_storage().data_ptr() or -id(held)
+    try:
+        return held.untyped_storage().data_ptr() or -id(held)
+    except RuntimeError:  # of a tensor that is made of others
+        return -id(held)
 
 
 def reduce_losses(
