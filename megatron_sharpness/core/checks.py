@@ -16,6 +16,9 @@ from megatron_sharpness.core.search import Probe
 #: precision of the sum over micro-batches alone.
 EXACT = 2e-6
 
+#: The largest relative error of rounding a number to fp64.
+UNIT = 2.0**-53
+
 #: A loss that is further off than this, relatively, is another loss, such as that of another batch:
 #: before training these differ by 1e-3. Kernels that do not repeat were seen to move the mean of a
 #: batch by 1e-4 in 16 bits at most, where it takes ten times as much.
@@ -46,13 +49,47 @@ class WrongLoss(ProbeError):
     """What is evaluated is not the loss that was differentiated; the message says what was seen."""
 
 
-class Unrepeatable(WrongLoss):
+class Ending(WrongLoss):
+    """A loss after which no further step of the run is measured."""
+
+
+class Unrepeatable(Ending):
     """It is another one each time: evaluating it once more can only change something again."""
+
+
+class SelfTestFailed(Ending):
+    """A mode that has to show in the run itself that it is replayed exactly, and was not."""
 
 
 def is_exact(error: float | None, trained: float) -> bool:
     """Whether a replay that is off by ``error`` may stand for the training loss."""
     return error is not None and error <= EXACT * max(1.0, abs(trained))
+
+
+def order_of_sum(loss: float, terms: int) -> float:
+    """How far two sums of the same losses may lie apart, in nat: 2n·2⁻⁵³·|L|.
+
+    L is (Σ lᵢ)/(Σ wᵢ) over n micro-batches of all ranks, in fp64. Each lᵢ is the same number in
+    both, and none is negative, so that n - 1 additions in whichever order make a relative error of
+    (n - 1)·2⁻⁵³ at most; the wᵢ are whole numbers, whose sum is exact; the division adds 2⁻⁵³. Two
+    such means differ by twice n·2⁻⁵³. One lᵢ that is off in the last bit of fp32 moves L by about
+    2⁻²⁴/n, which is more as long as n < 2¹⁴.
+
+    Args:
+        loss, terms: L and n.
+    """
+    return 2.0 * terms * UNIT * abs(loss)
+
+
+def not_replayed(modes: Sequence[str], loss: float, trained: float) -> str:
+    """What to say of a mode whose replay is not the training loss."""
+    return (
+        f"self-test of {', '.join(modes)}: the loss evaluated at θ is {loss!r}, and the step was "
+        f"trained on {trained!r}. They are {abs(loss - trained):.3g} nat apart, more than the "
+        "order of the sum explains: something that a forward pass reads is not put back, or "
+        "kernels do not repeat. Training goes on as it was, and no further step of this run is "
+        "measured"
+    )
 
 
 def repeat_error(loss: float, loss_at_start: Callable[[], float], same: float) -> float:

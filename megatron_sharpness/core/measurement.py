@@ -22,7 +22,7 @@ Status = Literal[
     "noise_limited",  # the noise of the loss hides where it crosses L(θ)
     "non_finite",  # L(θ) itself is NaN or infinite
     "exhausted",  # the evaluations were spent
-    "skipped_step",  # the optimizer skipped this step (overflow under fp16 loss scaling)
+    "skipped_step",  # the optimizer skipped it (overflow under fp16 loss scaling), or see `reason`
     "zero_lr",  # the learning rate is zero: nothing has moved
     "failed",  # an error, or a loss that is not the one trained on; `reason` says which
 ]
@@ -101,7 +101,11 @@ class Measurement:
             in which the forward pass reads them, √(Σ g²u²/12) with their spacing u; of kernels, as
             L(θ) was seen to repeat when it was first measured; and of fp32.
         replay_error: |replayed L(θ) − training loss|, in nats, as the run's first measurement has
-            seen it; None where the training loss is not known.
+            seen it, or this one in a mode that is self-tested; None where the training loss is not
+            known.
+        self_tested: modes of this run that were believed through its own self-test alone, since
+            nobody could test them before: nothing was changed, and L(θ) was replayed exactly. None
+            where there are none, or where the test is not passed.
         reason: what was seen, where the status does not say it all.
     """
 
@@ -128,6 +132,7 @@ class Measurement:
     non_monotone: bool = False
     noise: float | None = None
     replay_error: float | None = None
+    self_tested: str | None = None
     reason: str | None = None
 
     def without_number(self, reason: str) -> Measurement:

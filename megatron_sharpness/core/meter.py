@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Protocol
 
-from megatron_sharpness.core.checks import Unrepeatable, WrongLoss, disturbed
+from megatron_sharpness.core.checks import Ending, WrongLoss, disturbed
 from megatron_sharpness.core.errors import ProbeError, reason_of
 from megatron_sharpness.core.measurement import TRAIN, Measurement, Records
 from megatron_sharpness.core.search import find_critical_lr, find_critical_lrs, first_probe
@@ -42,21 +42,27 @@ class Meter:
         settings: what to measure with.
         sinks: where records go; empty on ranks that write nothing.
         warn: tells the user what a record cannot; does nothing on ranks that write nothing.
+        self_tested: modes of the run that nobody could test. A number is believed once a watched
+            measurement of this process has changed nothing and replayed the training loss exactly,
+            and as long as each does the latter; if one does not, nothing more is measured.
     """
 
     settings: Settings
     sinks: Sequence[Sink] = ()
     warn: Callable[[str], object] = warnings.warn
+    self_tested: Sequence[str] = ()
     guesses: dict[str, float] = field(default_factory=dict, init=False)
     test: SelfTest = field(default_factory=SelfTest, init=False)
     ended: str | None = field(default=None, init=False)
     _watched: bool = field(default=False, init=False)
+    _passed: bool = field(default=False, init=False)
     _silent: set[int] = field(default_factory=set, init=False)
 
     @property
     def watches(self) -> bool:
         """Whether the coming measurement is to be watched: the first one, or each."""
-        return self.ended is None and (self.settings.watch == "always" or not self._watched)
+        first = not self._watched or (bool(self.self_tested) and not self._passed)
+        return self.ended is None and (self.settings.watch == "always" or first)
 
     def measure(
         self,
@@ -109,6 +115,8 @@ class Meter:
         if changed:
             self.ended = disturbed(changed)
             records = records.without_numbers(self.ended)
+        elif self.self_tested:
+            records = self._self_tested(records, watched=changed is not None)
         for record in records.values():
             self._write(record)
         failed = next((r for r in records.values() if r.status == "failed"), None)
@@ -146,7 +154,7 @@ class Meter:
             return loss
 
         try:
-            loss = self.test.loss_at_start(step, loss_alone, self.warn)
+            loss = self._loss_at_start(step, loss_alone)
             noise = self.test.noise(step, TRAIN, loss)
             record = replace(record, loss=loss, noise=noise, replay_error=self.test.replay_error)
             search = find_critical_lr(
@@ -166,11 +174,33 @@ class Meter:
             found = self.test.check_slope(step, read, search, loss_alone, self.warn)
         except Exception as error:  # whatever it is, the run goes on
             reason = reason_of(error)
-            if isinstance(error, Unrepeatable):
+            if isinstance(error, Ending):
                 self.ended = reason
-            return replace(record, reason=reason)
+            return replace(record, reason=reason, replay_error=self.test.replay_error)
         self._remember(found)
         return found
+
+    def _loss_at_start(self, step: Step, loss_at: Callable[[float], float]) -> float:
+        if self.self_tested:
+            return self.test.exact_loss_at_start(step, loss_at, self.self_tested)
+        return self.test.loss_at_start(step, loss_at, self.warn)
+
+    def _self_tested(self, records: Records, *, watched: bool) -> Records:
+        """The records with the modes that have passed their test."""
+        train = records.train
+        if train.status == "failed" or not train.evaluations:
+            return records
+        modes = ", ".join(self.self_tested)
+        if watched and not self._passed:
+            self._passed = True
+            self.warn(
+                f"critical sharpness: self-tested in this run: {modes}. At iteration "
+                f"{train.iteration} the measurement has changed nothing that training reads, and "
+                f"the replayed loss is off by {train.replay_error:.2g} nat."
+            )
+        if not self._passed:
+            return records
+        return Records(replace(r, self_tested=modes) for r in records.values())
 
     def _on_other_data(
         self, step: Step, names: Sequence[str], losses_at: LossesAt

@@ -72,15 +72,17 @@ def product_sums(
         weights: θ_t, in fp32 or fp64.
         update: θ_t − θ_{t+1}.
         grad: g, or None where it is 0.
-        read_in: the type in which the forward pass reads them.
+        read_in: the type in which the forward pass reads them; one of 8 bits after a scaling.
     """
     squared_update = (update * update).sum()
     if grad is None:
         sums = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=weights.device)
         sums[1] = squared_update
         return sums
-    apart = spacing(weights, read_in).mul_(grad).abs_()
-    away = (weights - weights.to(read_in)).mul_(grad)
+    scale = 1.0 if read_in.itemsize > 1 else _scale(weights, read_in)
+    scaled = weights * scale
+    apart = spacing(scaled, read_in).mul_(grad).div_(scale).abs_()
+    away = (scaled - scaled.to(read_in).to(scaled.dtype)).mul_(grad).div_(scale)
     moved = update.sign().abs_()  # a tenth of the time of a comparison on a CPU
     return torch.stack(
         (
@@ -92,6 +94,13 @@ def product_sums(
             apart.mul_(moved).sum() / 2,
         )
     ).double()
+
+
+def _scale(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """What weights are multiplied with before they are read in 8 bits: the largest power of two
+    with which the largest of them is still a number of that type."""
+    largest = weights.abs().max().clamp(min=2.0**-100)  # biases that are still zero
+    return (torch.finfo(dtype).max / largest).log2().floor().exp2()
 
 
 def spacing(weights: Tensor, dtype: torch.dtype) -> Tensor:

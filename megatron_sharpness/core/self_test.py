@@ -7,7 +7,7 @@ passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_sharpness.core.checks import (
@@ -17,9 +17,12 @@ from megatron_sharpness.core.checks import (
     SAME_IN_16_BITS,
     SEEN,
     STILL,
+    SelfTestFailed,
     WrongLoss,
     agrees,
     is_exact,
+    not_replayed,
+    order_of_sum,
     repeat_error,
     replay_error,
     slope_ratio,
@@ -85,6 +88,30 @@ class SelfTest:
             )
         self.replay_error = error
         return trained if exact else loss
+
+    def exact_loss_at_start(
+        self, step: Step, loss_at: Callable[[float], float], modes: Sequence[str]
+    ) -> float:
+        """L(θ) in modes that have to show, each time, that a replay is the training loss exactly.
+
+        Args:
+            step: the step, whose training loss is known.
+            loss_at: η ↦ L(θ − ηΔθ).
+            modes: their names.
+
+        Raises:
+            SelfTestFailed: it is another number by more than the order of the sum explains.
+        """
+        trained = step.training_loss
+        assert trained is not None
+        if not math.isfinite(trained):
+            return trained
+        loss = loss_at(0.0)
+        self.replay_error = abs(loss - trained)
+        if not self.replay_error <= order_of_sum(trained, step.terms):
+            raise SelfTestFailed(not_replayed(modes, loss, trained))
+        self.repeat_errors[TRAIN] = 0.0
+        return trained
 
     def check_repeats(
         self, step: Step, name: str, loss: float, again: Callable[[], float]

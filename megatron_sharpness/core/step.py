@@ -30,11 +30,12 @@ class Step:
     Attributes:
         trained: whether the probes evaluate the loss that was differentiated: not in mode ``eval``.
         training_loss: L(θ) of the training pass, where it is known.
+        terms: how many losses it was summed from: micro-batches of all ranks.
         noise: root-mean-square error of a loss from rounding the weights, in nats
             (:mod:`megatron_sharpness.core.products`).
         resolution: η below which rounded weights do not follow the line; 0 if none.
         coarse: whether the forward pass computes in 16 bits, or may do so.
-        skipped: why the optimizer did not step, if so.
+        skipped: why there is no update to measure, or not yet, if so.
         failed: why the step could not be observed, if so.
         started: ``time.perf_counter()`` when the measurement began.
 
@@ -48,6 +49,7 @@ class Step:
     beta1: float | None = None
     trained: bool = True
     training_loss: float | None = None
+    terms: int = 1
     slope: float | None = None
     noise: float = 0.0
     resolution: float = 0.0

@@ -40,13 +40,15 @@ from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
-from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, quiet
+from megatron_sharpness.megatron import graphs
+from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting, quiet
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import (
     check_interfaces,
     faults_of_megatron,
     refuse_unsupported,
+    self_tested,
 )
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
@@ -100,9 +102,10 @@ class MeasuredTrainStep:
         if self._others is None:  # before the first step: the tokenizer is there
             self._others = [_evaluation_set(name, path) for name, path in self._sources.items()]
         due = self._settings.due(iteration) and iteration > (self._frozen or 0)
+        call = self._signature.bind(*args, **kwargs)
+        graphs.note_losses(call.arguments["forward_backward_func"], noting)  # before it is captured
         if not due and self._frozen is None:
             return self._train_step(*args, **kwargs)
-        call = self._signature.bind(*args, **kwargs)
         model, optimizer = call.arguments["model"], call.arguments["optimizer"]
         if self._frozen is not None and self._frozen_run is None:
             self._frozen_run = FrozenRun(partial(trained_tensors, model, optimizer))
@@ -132,6 +135,7 @@ class MeasuredTrainStep:
                 self._settings,
                 sinks=_sinks() if is_writer else (),
                 warn=printing_on(dist.get_world_size() - 1),
+                self_tested=self_tested(get_args()),
             )
             self._meter.load_state_dict(getattr(get_args(), STATE, {}))
         return self._meter

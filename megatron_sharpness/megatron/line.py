@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.update_line import Shard, UpdateLine
 from megatron_sharpness.core.watch import Checksums
+from megatron_sharpness.megatron import engine
 from megatron_sharpness.megatron.shards import Leaf, gathers_of, leaves_of
 
 
@@ -39,9 +40,10 @@ class MegatronLine:
 
     @property
     def coarse(self) -> bool:
-        """Whether this rank has a part of a model in 16 bits."""
+        """Whether this rank has a part of a model in 16 bits, or in 8."""
         shards = [shard for line, _ in self.lines for shard in line.shards]
-        return any(shard.model.dtype.itemsize < 4 for shard in shards)
+        small = any(shard.model.dtype.itemsize < 4 for shard in shards)
+        return small or engine.quantizes(self.model)
 
     def begin(self) -> None:
         """Keep θ_t of all that the optimizer is about to step."""
@@ -123,6 +125,6 @@ class MegatronLine:
         total = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=device)
         for line, leaf in self.lines:
             partial = torch.zeros_like(total)
-            line.products(leaf.gradients(clip), partial)
+            line.products(leaf.gradients(clip), partial, engine.weights_type(self.model))
             total += leaf.sum_up(partial)
         return total

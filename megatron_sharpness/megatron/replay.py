@@ -13,10 +13,12 @@ from megatron.core import mpu, tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.transformer.moe import router
 from megatron.core.utils import StragglerDetector, get_model_config
+from torch.distributed.tensor import DTensor
 
 from megatron_sharpness.core.replay import RandomStates, reduce_loss
 from megatron_sharpness.core.state import State
 from megatron_sharpness.data.evaluation import EvaluationSet
+from megatron_sharpness.megatron import engine, graphs
 from megatron_sharpness.megatron.shards import megatron_fsdp
 from megatron_sharpness.megatron.side_effects import activations_stay, logged_losses
 
@@ -44,6 +46,7 @@ class RecordingSchedule:
     Attributes:
         losses: of the training pass, on ranks that compute any.
         error: what went wrong while recording it.
+        first: whether state was made in it without which it cannot be repeated.
     """
 
     def __init__(self, schedule: Callable[..., Any], model: Sequence[Any]) -> None:
@@ -51,6 +54,9 @@ class RecordingSchedule:
         self.model = model
         self.losses: list[Loss] = []
         self.error: Exception | None = None
+        self.first = False
+        self._scales = engine.Scales()
+        self._graph = graphs.note_losses(schedule, noting)
         self._kwargs: dict[str, Any] = {}
         self._batches: Any = None
         self._random: RandomStates | None = None
@@ -64,11 +70,20 @@ class RecordingSchedule:
         except Exception as caught:  # out of memory, say: the training pass goes on
             self.error = caught
         self._batches = _map_iterators(kwargs["data_iterator"], _Tee)
+        unready = engine.not_ready(self.model)
+        with self._scales.noted():
+            result = self._train({**kwargs, "data_iterator": self._batches})
+        self.first = engine.made_ready(unready)
+        return result
+
+    def _train(self, kwargs: dict[str, Any]) -> Any:
+        if self._graph is not None:
+            result = self.schedule(**kwargs)
+            self.losses = self._graph.losses
+            return result
         self.losses = []
-        step = _noting(kwargs["forward_step_func"], self.losses)
-        return self.schedule(
-            **{**kwargs, "forward_step_func": step, "data_iterator": self._batches}
-        )
+        step = noting(kwargs["forward_step_func"], self.losses)
+        return self.schedule(**{**kwargs, "forward_step_func": step})
 
     def micro_batches(self, samples: EvaluationSet) -> MicroBatches:
         """This rank's part of other data, laid out as the micro-batches of training are.
@@ -115,7 +130,8 @@ class RecordingSchedule:
         """The losses of the micro-batches on the last pipeline stage, at the model's weights."""
         self._restore()
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
-        return self._forward(batches, int(self._kwargs["num_microbatches"]))
+        with self._scales.repeated():
+            return self._forward(batches, int(self._kwargs["num_microbatches"]))
 
     def reduce(
         self, losses: list[Loss] | None, error: Exception | None, *, per_token: bool
@@ -138,6 +154,12 @@ class RecordingSchedule:
         )
 
     @property
+    def terms(self) -> int:
+        """How many losses of micro-batches :meth:`reduce` adds up over all ranks."""
+        ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+        return int(self._kwargs["num_microbatches"]) * int(ranks)
+
+    @property
     def per_token(self) -> bool:
         """Whether all tokens count alike in what is differentiated."""
         return bool(get_model_config(self.model[0]).calculate_per_token_loss)
@@ -145,13 +167,13 @@ class RecordingSchedule:
     def _forward(self, batches: Any, microbatches: int) -> list[Loss]:
         losses: list[Loss] = []
         changed = {
-            "forward_step_func": _noting(self._kwargs["forward_step_func"], losses),
+            "forward_step_func": noting(self._kwargs["forward_step_func"], losses),
             "data_iterator": batches,
             "num_microbatches": microbatches,
             "forward_only": True,
         }
         with torch.no_grad():  # forward_only alone does not disable gradients
-            self.schedule(**{**self._kwargs, **changed})
+            graphs.by_kernels(self.schedule)(**{**self._kwargs, **changed})
         return losses
 
 
@@ -169,7 +191,7 @@ class MicroBatches:
     count: int
 
 
-def _noting(forward_step: Callable[..., Any], losses: list[Loss]) -> Callable[..., Any]:
+def noting(forward_step: Callable[..., Any], losses: list[Loss]) -> Callable[..., Any]:
     """A ``forward_step_func`` that notes what its loss functions return.
 
     That is (loss, tokens, what is logged), where the schedule divides the one by the other, or
@@ -278,7 +300,24 @@ class MegatronRandomStates(RandomStates):
 
 def state_of(model: Sequence[Any]) -> State:
     """What the modules of this rank's model chunks keep beside their parameters."""
-    return State({f"model {i}": megatron_fsdp.unwrapped(chunk) for i, chunk in enumerate(model)})
+    roots = {f"model {i}": megatron_fsdp.unwrapped(chunk) for i, chunk in enumerate(model)}
+    opened = (engine.LIBRARY,) if engine.quantizes(model) else ()
+    weights = {_storage(weight) for chunk in model for weight in chunk.parameters()}
+    return State(
+        {**roots, **engine.shared_state(model)},
+        copied=lambda tensor: _storage(tensor) not in weights,  # a probe moves weights
+        opened=opened,
+        without=graphs.holders(model),
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Where a tensor lies; what has no memory lies nowhere that another one does."""
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    try:
+        return held.untyped_storage().data_ptr() or -id(held)
+    except RuntimeError:  # of a tensor that is made of others
+        return -id(held)
 
 
 def reduce_losses(
@@ -348,8 +387,8 @@ def quiet(
     """Megatron as a probe needs it, and afterwards as if nothing had happened.
 
     No result validation (NaN at a large η is an answer here), no timers, no straggler detection,
-    no gradient synchronization, no router that iterates for ever; random states, what the
-    model keeps and its mode put back in the end.
+    no gradient synchronization, no router that iterates for ever, no graphs; random states, what
+    the model keeps and its mode put back in the end.
 
     Args:
         model: the model chunks of this rank.
@@ -369,6 +408,7 @@ def quiet(
         (detector, "start", detector.null_method),
         (detector, "stop", detector.null_method),
         (router, "sinkhorn", _with_patience(router.sinkhorn)),
+        *graphs.switches(model),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     random, state, logged = MegatronRandomStates(), state_of(model), State(logged_losses())

@@ -21,6 +21,7 @@ from megatron_sharpness.core.replay import all_max, first_error
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.data.evaluation import EvaluationSet
+from megatron_sharpness.megatron import engine
 from megatron_sharpness.megatron.line import MegatronLine
 from megatron_sharpness.megatron.replay import (
     Loss,
@@ -32,6 +33,12 @@ from megatron_sharpness.megatron.watch import watch_over
 
 #: Why Megatron does not step.
 SKIPPED = "Megatron has skipped this step: its gradients overflow at this loss scale"
+
+#: What a self-test can see of probes beside what it sees at θ.
+OVERWRITTEN = (
+    "a forward pass has changed the weights that it was to read: they are held somewhere else, "
+    "too, and were put back"
+)
 
 
 class ObservedStep:
@@ -55,6 +62,7 @@ class ObservedStep:
         self._outcome: tuple[bool, float | None] = (False, None)
         self._error: Exception | None = None
         self._left: Checksums | None = None
+        self._verifies = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -112,6 +120,7 @@ class ObservedStep:
         Returns:
             The records, for the meter to write.
         """
+        self._verifies = bool(meter.self_tested) and meter.watches
         step = self._agree(iteration, consumed_samples, schedule, trained)
         if frozen and step.failed is not None:
             raise RuntimeError(f"iteration {iteration} could not be taken back: {step.failed}")
@@ -180,12 +189,13 @@ class ObservedStep:
             [
                 self._error is not None,
                 not success,
+                schedule.first,
                 self.line.coarse,
                 *self._rates,
             ],
             dtype=torch.float64,
         )
-        failed, skipped, coarse, lr, weight_decay = all_max(flags, current_device()).tolist()
+        failed, skipped, first, coarse, lr, weight_decay = all_max(flags, current_device()).tolist()
         lr, weight_decay = max(lr, 0.0), max(weight_decay, 0.0)
         seen = Step(
             iteration=iteration,
@@ -194,11 +204,11 @@ class ObservedStep:
             weight_decay=weight_decay,
             beta1=self.options.adam_beta1 if self.options.optimizer == "adam" else None,
             coarse=bool(coarse),
-            skipped=SKIPPED if skipped else None,
+            skipped=SKIPPED if skipped else engine.FIRST_PASS if first else None,
             failed=first_error(self._error) if failed else None,
             started=started,
         )
-        if failed or skipped or lr == 0.0:
+        if failed or seen.skipped or lr == 0.0:
             self.line.release()
             return seen
         loss, _ = schedule.reduce(schedule.losses, None, per_token=schedule.per_token)
@@ -213,6 +223,7 @@ class ObservedStep:
             seen,
             trained=trained,
             training_loss=loss if trained else None,
+            terms=schedule.terms,
             slope=products.decrease / lr / clip,
             noise=products.noise(clip),
             resolution=products.resolution(lr),
@@ -257,12 +268,14 @@ class ObservedStep:
 
         They are the same numbers on every rank. One that could not write its weights makes the
         collectives that the others wait in all the same, and says so in the reduction of the loss.
+        While a run tests itself it is seen, too, that the passes leave the weights as they are.
         """
         error: Exception | None = None
         try:
             self.line.move(fraction)
         except Exception as caught:
             error = caught
+        written = self.line.weights() if self._verifies and error is None else None
         self.line.gathers.sync()
         found = []
         for run in passes:
@@ -272,6 +285,8 @@ class ObservedStep:
             except Exception as caught:
                 error = error or caught
             self.line.gathers.finish()
+            if written is not None and written != self.line.weights():
+                error = error or ProbeError(OVERWRITTEN)
             found.append(reduce(losses, error))
         return found
 

@@ -17,9 +17,7 @@ TESTED = ("0.16", "0.17", "0.18", "0.19", "0.20")
 #: Argument → (flag, why it is refused). Each of these was never run with a measurement and could
 #: be wrong in silence.
 _QUANTIZED = "the quantization state changes in every forward pass, so training would change too"
-_GRAPHS = "a captured graph replays without the switches that a probe needs"
 _REFUSED: dict[str, tuple[str, str]] = {
-    "fp8": ("--fp8-format", _QUANTIZED),
     "fp4": ("--fp4-format", _QUANTIZED),
     "te_precision_config_file": ("--te-precision-config-file", _QUANTIZED),
     "kitchen_config_file": ("--kitchen-config-file", _QUANTIZED),
@@ -28,9 +26,6 @@ _REFUSED: dict[str, tuple[str, str]] = {
     "fp4_param_gather": ("--fp4-param-gather", _QUANTIZED),
     "fp4_param": ("--fp4-param-gather", _QUANTIZED),
     "reuse_grad_buf_for_mxfp8_param_ag": ("--reuse-grad-buf-for-mxfp8-param-ag", _QUANTIZED),
-    "enable_cuda_graph": ("--enable-cuda-graph", _GRAPHS),
-    "external_cuda_graph": ("--external-cuda-graph", _GRAPHS),
-    "optimizer_cuda_graph": ("--optimizer-cuda-graph", _GRAPHS),
     "hybrid_context_parallel": (
         "--hybrid-context-parallel",
         "its data loader hands out micro-batches that cannot be repeated",
@@ -48,13 +43,46 @@ _REFUSED: dict[str, tuple[str, str]] = {
 }
 
 
-def refuse_unsupported(args: Any) -> None:
+#: Argument → (flag, what it is) of what nobody could run here, and is believed where the run's own
+#: first measurement has shown it (:class:`~megatron_sharpness.core.meter.Meter`).
+_SELF_TESTED: dict[str, tuple[str, str]] = {
+    "fp8": ("--fp8-format", "fp8 {fp8_recipe}"),
+    "cuda_graph_impl": ("--cuda-graph-impl", "CUDA graphs {cuda_graph_impl}"),
+    "enable_cuda_graph": ("--enable-cuda-graph", "CUDA graphs local"),
+    "external_cuda_graph": ("--external-cuda-graph", "CUDA graphs transformer_engine"),
+    "optimizer_cuda_graph": ("--optimizer-cuda-graph", "CUDA graph of the optimizer"),
+}
+
+#: Recipes of fp8 whose state is known.
+_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+def self_tested(args: Any) -> list[str]:
+    """The modes of this run that have to pass its self-test."""
+    given = vars(args)
+    return [what.format(**given) for _, (_, what) in _used(args, _SELF_TESTED)]
+
+
+def _used(args: Any, table: dict[str, tuple[str, str]]) -> Iterator[tuple[Any, tuple[str, str]]]:
+    """Value and row of the arguments in a table that are given."""
+    for name, row in table.items():
+        value = getattr(args, name, None)
+        given = value and value != "none"
+        if given or (name == "kitchen_recipe_number" and value is not None):  # 0 is one of them
+            yield value, row
+
+
+def refuse_unsupported(args: Any, *, self_tests: bool = True) -> None:
     """Raise for a configuration that a measurement cannot be trusted in.
+
+    Args:
+        args: Megatron's arguments, or what has some of them.
+        self_tests: whether the run can test itself.
 
     Raises:
         InputError: names all flags that cannot be used, their values, the reasons and the remedy.
     """
-    refused = list(_refusals(args))
+    refused = [*_refusals(args), *_refusals_of_self_tested(args, self_tests)]
     if refused:
         raise InputError(
             "--measure-critical-sharpness-every cannot be used with "
@@ -65,13 +93,8 @@ def refuse_unsupported(args: Any) -> None:
 
 def _refusals(args: Any) -> Iterator[tuple[str, object, str]]:
     """Flag, value and reason of all that cannot be measured with."""
-    for name, (flag, reason) in _REFUSED.items():
-        value = getattr(args, name, None)
-        if value or (name == "kitchen_recipe_number" and value is not None):  # 0 is one of them
-            yield flag, value, reason
-    graphs = getattr(args, "cuda_graph_impl", None)
-    if graphs not in (None, "none"):
-        yield "--cuda-graph-impl", graphs, _GRAPHS
+    for value, (flag, reason) in _used(args, _REFUSED):
+        yield flag, value, reason
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         yield "--gtp-weight-remat-size", args.gtp_weight_remat_size, "it was never measured"
     if _is_hybrid(args) and not getattr(args, "overlap_grad_reduce", False):
@@ -80,6 +103,33 @@ def _refusals(args: Any) -> Iterator[tuple[str, object, str]]:
             args.num_distributed_optimizer_instances,
             "unless --overlap-grad-reduce is given, Megatron-FSDP does not reduce the gradients "
             "between its instances, so that each trains weights of its own and there is no one θ",
+        )
+
+
+def _refusals_of_self_tested(args: Any, self_tests: bool) -> Iterator[tuple[str, object, str]]:
+    """What a run with modes that have to pass its self-test cannot be measured with."""
+    modes = self_tested(args)
+    if not modes:
+        return
+    if not self_tests:
+        for value, (flag, _) in _used(args, _SELF_TESTED):
+            yield flag, value, "it was never run with a measurement, and could be wrong in silence"
+        return
+    recipe = getattr(args, "fp8_recipe", None)
+    if getattr(args, "fp8", None) and recipe not in _RECIPES:
+        yield "--fp8-recipe", recipe, f"what it keeps is not known; give one of {_RECIPES}"
+    names = ", ".join(modes)
+    if getattr(args, "critical_sharpness_mode", "train") != "train":
+        yield (
+            "--critical-sharpness-mode",
+            args.critical_sharpness_mode,
+            f"{names} has to pass a self-test, which compares with the loss of the training pass",
+        )
+    if getattr(args, "critical_sharpness_frozen", None) is not None:
+        yield (
+            "--critical-sharpness-frozen",
+            args.critical_sharpness_frozen,
+            f"{names} has to pass a self-test, which a run that takes its steps back has not",
         )
 
 

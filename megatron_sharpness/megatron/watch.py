@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_sharpness.core.watch import Watch
+from megatron_sharpness.megatron import graphs
 from megatron_sharpness.megatron.line import MegatronLine
 from megatron_sharpness.megatron.replay import MegatronRandomStates
 
@@ -38,8 +39,8 @@ def watch_over(line: MegatronLine, optimizer: Any) -> Watch:
             **dict(_globals()),
         }
 
-    scratch = line.gathers.scratch()
-    return Watch(roots, opened=PACKAGES, ignored=SCRATCH, without=scratch)
+    without = [*line.gathers.scratch(), *graphs.holders(line.model)]
+    return Watch(roots, opened=PACKAGES, ignored=SCRATCH, without=without)
 
 
 def _globals() -> Iterator[tuple[str, object]]:

@@ -442,3 +442,68 @@ def test_steps_that_cannot_be_measured_make_no_probe_of_other_data() -> None:
         step = replace(STEP, **changed)  # type: ignore[arg-type]
         found = measure_others(Meter(Settings()), {"code": never}, step)
         assert found["code"].status == found.train.status == status
+
+
+MODES = ["fp8 delayed", "CUDA graphs local"]
+NAMES = ", ".join(MODES)
+
+
+def test_a_mode_that_tests_itself_is_believed_once_watched_and_tested_each_time() -> None:
+    told: list[str] = []
+    meter = Meter(Settings(), warn=told.append, self_tested=MODES)
+    for watched in (True, False, False):
+        assert meter.watches is watched
+        loss_at, calls = counted(quadratic)
+        records = meter.write(meter.measure(STEP, loss_at), [] if watched else None)
+        assert calls.count(0.0) == 1  # not once a run
+        assert records.train.self_tested == NAMES and records.train.replay_error == 0.0
+    assert len(told) == 1 and f"self-tested in this run: {NAMES}" in told[0]
+
+
+@pytest.mark.parametrize("terms", [1, 64])
+def test_a_replay_may_be_off_by_the_order_of_the_sum_and_by_no_more(terms: int) -> None:
+    off = 2 * terms * 2.0**-53 * START
+    for error, passes in ((off / 2, True), (2.5 * off, False)):
+        meter = Meter(Settings(), warn=lambda message: None, self_tested=MODES)
+        step = replace(STEP, terms=terms, training_loss=START + error)
+        record = meter.write(meter.measure(step, counted(quadratic)[0]), []).train
+        assert (record.status == "found") is passes, record
+        assert (meter.ended is None) is passes and bool(record.self_tested) is passes
+        assert record.replay_error == pytest.approx(error, rel=0.5)
+        if not passes:
+            assert record.reason is not None and f"self-test of {NAMES}" in record.reason
+            after = measure(meter)
+            assert (after.status, after.evaluations, after.reason) == ("failed", 0, record.reason)
+
+
+def test_a_mode_whose_measurement_changes_something_is_not_believed() -> None:
+    told: list[str] = []
+    meter = Meter(Settings(), warn=told.append, self_tested=MODES)
+    record = meter.write(meter.measure(STEP, counted(quadratic)[0]), ["amax"]).train
+    assert (record.status, record.self_tested) == ("failed", None) and not told
+    assert meter.ended is not None and "amax" in meter.ended
+
+
+def test_the_watch_goes_on_until_a_mode_has_passed() -> None:
+    """A measurement that fails for another reason has shown nothing."""
+    meter = Meter(Settings(), warn=lambda message: None, self_tested=MODES)
+
+    def breaks(eta: float) -> float:
+        if eta:
+            raise RuntimeError("injected")
+        return START
+
+    record = meter.write(meter.measure(STEP, counted(breaks)[0]), []).train
+    assert record.status == "failed" and meter.watches
+    meter.write(meter.measure(STEP, counted(quadratic)[0]), [])
+    assert not meter.watches
+
+
+def test_what_a_run_has_shown_of_a_mode_is_not_in_its_state() -> None:
+    meter = Meter(Settings(), warn=lambda message: None, self_tested=MODES)
+    meter.write(meter.measure(STEP, counted(quadratic)[0]), [])
+    resumed = Meter(Settings(), self_tested=MODES)
+    resumed.load_state_dict(meter.state_dict())
+    assert resumed.watches
+    unwatched = resumed.write(resumed.measure(STEP, counted(quadratic)[0])).train
+    assert unwatched.self_tested is None

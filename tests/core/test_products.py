@@ -38,6 +38,23 @@ def sums(weights: Tensor, update: Tensor, grad: Tensor, dtype: torch.dtype) -> S
     return StepProducts(*product_sums(weights, update, grad, dtype).tolist())
 
 
+def test_the_noise_of_weights_in_8_bits_is_that_after_their_scaling() -> None:
+    """Small weights fill the range of the type, as the power of two that they share does not."""
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(4000, generator=generator, dtype=torch.float64) * 1e-3
+    errors, noises = [], []
+    for _ in range(300):
+        weights = 1e-4 * torch.randn(4000, generator=generator, dtype=torch.float64)
+        scale = 448 / weights.abs().max()
+        rounded = (weights * scale).to(torch.float8_e4m3fn).double() / scale
+        errors.append(torch.dot(grad, rounded - weights).item())
+        noises.append(sums(weights, weights, grad, torch.float8_e4m3fn).noise(1.0))
+    seen = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    assert seen == pytest.approx(sum(noises) / len(noises), rel=0.2)
+    still = torch.zeros(5)  # biases of a model that was just made
+    assert sums(still, still, torch.ones(5), torch.float8_e4m3fn).noise(1.0) < 1e-30
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_noise_is_what_rounding_trained_weights_does(dtype: torch.dtype) -> None:
     """⟨g, round(θ) − θ⟩ over draws of weights that lie anywhere between two numbers."""

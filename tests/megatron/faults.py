@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 
 from megatron_sharpness.core import update_line
-from megatron_sharpness.megatron import replay
+from megatron_sharpness.megatron import engine, graphs, replay
 from megatron_sharpness.megatron.shards.gathers import AllGathers
 
 RANK = int(os.environ["RANK"])
@@ -136,3 +137,30 @@ def canonical() -> None:
     from tests.megatron import canonical as weights
 
     weights.install()
+
+
+def scales_that_stay() -> None:
+    """Delayed scales do not move in a replay."""
+    engine.Scales.repeated = lambda self: contextlib.nullcontext()  # type: ignore[method-assign]
+
+
+def quantization_that_is_not_put_back() -> None:
+    """What Transformer Engine's objects hold is not looked into."""
+    engine.quantizes = lambda model: False
+
+
+def probes_by_graphs() -> None:
+    """Probes go through the graphs of training."""
+    graphs.by_kernels = lambda schedule: schedule
+    graphs.switches = lambda model: []
+
+
+def weights_held_elsewhere() -> None:
+    """What is put back before each pass holds views of the weights."""
+    keep = replay.State
+
+    def keep_with_views(roots: Any, **options: Any) -> Any:
+        weights = [w.detach() for w in roots["model 0"].parameters()]
+        return keep({**roots, "views": weights})
+
+    replay.State = keep_with_views

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, training
 
 from megatron_sharpness.megatron import replay
+from tests.megatron import engine_stand_in, graph_stand_in
 
 RANK = int(os.environ["RANK"])
 
@@ -191,3 +192,22 @@ def a_slow_checkpoint_writer() -> None:
 def memory_that_is_filled() -> None:
     """What is never written is the same in every run, as gaps between parameters in checkpoints."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def fp8_delayed() -> None:
+    """Transformer Engine's delayed scaling, emulated."""
+    engine_stand_in.install(engine_stand_in.Delayed)
+
+
+def fp8_delayed_before_2_16() -> None:
+    engine_stand_in.install(engine_stand_in.Delayed, old=True)
+
+
+def fp8_tensorwise() -> None:
+    """Its current scaling, emulated."""
+    engine_stand_in.install(engine_stand_in.Tensorwise)
+
+
+def cuda_graphs() -> None:
+    """Graphs that are captured and replayed on the CPU."""
+    graph_stand_in.install()

@@ -64,16 +64,41 @@ def test_all_that_is_refused_is_named_at_once() -> None:
         support.refuse_unsupported(arguments(**changes))
 
 
+QUANTIZED = {"fp8": "hybrid", "fp8_recipe": "delayed"}
+
+
+def test_what_tests_itself_is_named() -> None:
+    assert support.self_tested(arguments()) == []
+    assert support.self_tested(arguments(cuda_graph_impl="none", fp8=None)) == []
+    both = arguments(**QUANTIZED, cuda_graph_impl="full_iteration", optimizer_cuda_graph=True)
+    support.refuse_unsupported(both)
+    assert support.self_tested(both) == [
+        "fp8 delayed", "CUDA graphs full_iteration", "CUDA graph of the optimizer"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"fp8": "hybrid"}, "--fp8-format hybrid"),
+        ({"fp8_recipe": "custom"}, "--fp8-recipe custom"),
+        ({"critical_sharpness_mode": "eval"}, "--critical-sharpness-mode eval"),
+        ({"critical_sharpness_frozen": 0}, "--critical-sharpness-frozen 0"),
+    ],
+)
+def test_a_run_that_cannot_test_itself_is_refused(changes: dict[str, Any], flag: str) -> None:
+    support.refuse_unsupported(arguments(**QUANTIZED))
+    with pytest.raises(ValueError, match=flag):
+        support.refuse_unsupported(arguments(**{**QUANTIZED, **changes}))
+    with pytest.raises(ValueError, match="--fp8-format hybrid: it was never run"):
+        support.refuse_unsupported(arguments(**QUANTIZED), self_tests=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
         ({"fp8_param_gather": True}, "--fp8-param-gather"),
         ({"reuse_grad_buf_for_mxfp8_param_ag": True}, "--reuse-grad-buf-for-mxfp8-param-ag"),
         ({"fp4": "e2m1"}, "--fp4-format"),
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
-        ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
-        ({"external_cuda_graph": True}, "--external-cuda-graph"),
         ({"gtp_weight_remat_size": 2}, "--gtp-weight-remat-size 2"),
         ({"te_precision_config_file": "a.yaml"}, "--te-precision-config-file a.yaml"),
         ({"kitchen_config_file": "a.yaml"}, "--kitchen-config-file a.yaml"),

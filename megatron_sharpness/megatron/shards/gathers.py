@@ -29,6 +29,17 @@ class Stepped(NamedTuple):
     clipped: bool = True
     packed: Packed | None = None
 
+    @classmethod
+    def of(cls, main: Tensor, model: Tensor, buffered: Tensor | None) -> Stepped:
+        """A main parameter whose gradient is ``main.grad``, of what lies in ``buffered``.
+
+        A graph of the optimizer's step sets no attributes. It has clipped what lies in the buffer,
+        or, where that is in 16 bits, an fp32 copy that nobody has.
+        """
+        if main.grad is not None or buffered is None:
+            return cls(main, main, model, main.grad)
+        return cls(main, main, model, buffered, clipped=buffered.dtype == main.dtype)
+
 
 class Gathers:
     """How what the ranks step comes together for a forward pass. Here: each rank has the whole."""

@@ -25,7 +25,9 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
     ):
         for mains, models in zip(main_groups, model_groups, strict=True):
             for main, model in zip(mains, models, strict=True):
-                yield Stepped(main, main, slice_of_buffer(optimizer, model), main.grad)
+                owned = optimizer._get_model_param_range_map(model)["param"]
+                buffered = model.main_grad.view(-1)[owned.start : owned.end]
+                yield Stepped.of(main, slice_of_buffer(optimizer, model), buffered)
 
 
 def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:
