@@ -14,10 +14,10 @@ from megatron_sharpness.core.errors import InputError
 #: Versions that the tests run.
 TESTED = ("0.16", "0.17", "0.18", "0.19", "0.20")
 
+_QUANTIZED = "the quantization state changes in every forward pass, so training would change too"
 #: Argument → (flag, why it is refused). Each of these was never run with a measurement and could
 #: be wrong in silence.
-_QUANTIZED = "the quantization state changes in every forward pass, so training would change too"
-_REFUSED: dict[str, tuple[str, str]] = {
+REFUSED: dict[str, tuple[str, str]] = {
     "fp4": ("--fp4-format", _QUANTIZED),
     "te_precision_config_file": ("--te-precision-config-file", _QUANTIZED),
     "kitchen_config_file": ("--kitchen-config-file", _QUANTIZED),
@@ -45,7 +45,7 @@ _REFUSED: dict[str, tuple[str, str]] = {
 
 #: Argument → (flag, what it is) of what nobody could run here, and is believed where the run's own
 #: first measurement has shown it (:class:`~megatron_sharpness.core.meter.Meter`).
-_SELF_TESTED: dict[str, tuple[str, str]] = {
+SELF_TESTED: dict[str, tuple[str, str]] = {
     "fp8": ("--fp8-format", "fp8 {fp8_recipe}"),
     "cuda_graph_impl": ("--cuda-graph-impl", "CUDA graphs {cuda_graph_impl}"),
     "enable_cuda_graph": ("--enable-cuda-graph", "CUDA graphs local"),
@@ -54,13 +54,13 @@ _SELF_TESTED: dict[str, tuple[str, str]] = {
 }
 
 #: Recipes of fp8 whose state is known.
-_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 def self_tested(args: Any) -> list[str]:
     """The modes of this run that have to pass its self-test."""
     given = vars(args)
-    return [what.format(**given) for _, (_, what) in _used(args, _SELF_TESTED)]
+    return [what.format(**given) for _, (_, what) in _used(args, SELF_TESTED)]
 
 
 def _used(args: Any, table: dict[str, tuple[str, str]]) -> Iterator[tuple[Any, tuple[str, str]]]:
@@ -82,7 +82,7 @@ def refuse_unsupported(args: Any, *, self_tests: bool = True) -> None:
     Raises:
         InputError: names all flags that cannot be used, their values, the reasons and the remedy.
     """
-    refused = [*_refusals(args), *_refusals_of_self_tested(args, self_tests)]
+    refused = [*refusals(args), *_refusals_of_self_tested(args, self_tests)]
     if refused:
         raise InputError(
             "--measure-critical-sharpness-every cannot be used with "
@@ -91,9 +91,9 @@ def refuse_unsupported(args: Any, *, self_tests: bool = True) -> None:
         )
 
 
-def _refusals(args: Any) -> Iterator[tuple[str, object, str]]:
+def refusals(args: Any) -> Iterator[tuple[str, object, str]]:
     """Flag, value and reason of all that cannot be measured with."""
-    for value, (flag, reason) in _used(args, _REFUSED):
+    for value, (flag, reason) in _used(args, REFUSED):
         yield flag, value, reason
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         yield "--gtp-weight-remat-size", args.gtp_weight_remat_size, "it was never measured"
@@ -112,12 +112,12 @@ def _refusals_of_self_tested(args: Any, self_tests: bool) -> Iterator[tuple[str,
     if not modes:
         return
     if not self_tests:
-        for value, (flag, _) in _used(args, _SELF_TESTED):
+        for value, (flag, _) in _used(args, SELF_TESTED):
             yield flag, value, "it was never run with a measurement, and could be wrong in silence"
         return
     recipe = getattr(args, "fp8_recipe", None)
-    if getattr(args, "fp8", None) and recipe not in _RECIPES:
-        yield "--fp8-recipe", recipe, f"what it keeps is not known; give one of {_RECIPES}"
+    if getattr(args, "fp8", None) and recipe not in RECIPES:
+        yield "--fp8-recipe", recipe, f"what it keeps is not known; give one of {RECIPES}"
     names = ", ".join(modes)
     if getattr(args, "critical_sharpness_mode", "train") != "train":
         yield (

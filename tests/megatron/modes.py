@@ -19,6 +19,20 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"use_megatron_fsdp": True, "num_distributed_optimizer_instances": 2},
 )
 
+GRAPHS = ("full_iteration", "local", "transformer_engine")
+
+#: Flags of what has to pass the self-test of a run, and the arguments that Megatron makes of them.
+SELF_TESTED: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    *(
+        (("--fp8-format", "hybrid", "--fp8-recipe", kind), {"fp8": "hybrid", "fp8_recipe": kind})
+        for kind in support.RECIPES
+    ),
+    *((("--cuda-graph-impl", kind), {"cuda_graph_impl": kind}) for kind in GRAPHS),
+    (("--enable-cuda-graph",), {"enable_cuda_graph": True}),
+    (("--external-cuda-graph",), {"external_cuda_graph": True}),
+    (("--optimizer-cuda-graph",), {"optimizer_cuda_graph": True}),
+)
+
 
 def tables() -> str:
     return "\n\n".join([tested(), self_tested(), refused()])
@@ -37,8 +51,11 @@ def when(name: str) -> str:
 
 
 def self_tested() -> str:
-    rows = [(f"`{flag}`", what) for flag, what in support.SELF_TESTED.values()]
-    return table(("tested in your run", "what it is"), rows)
+    rows = [
+        (f"`{' '.join(given)}`", ", ".join(support.self_tested(SimpleNamespace(**arguments))))
+        for given, arguments in SELF_TESTED
+    ]
+    return table(("tested in your run", "so called"), rows)
 
 
 def refused() -> str:
