@@ -79,10 +79,12 @@ def product_sums(
         sums = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=weights.device)
         sums[1] = squared_update
         return sums
-    scale = 1.0 if read_in.itemsize > 1 else _scale(weights, read_in)
-    scaled = weights * scale
-    apart = spacing(scaled, read_in).mul_(grad).div_(scale).abs_()
-    away = (scaled - scaled.to(read_in).to(scaled.dtype)).mul_(grad).div_(scale)
+    read, slopes = weights, grad
+    if read_in.itemsize == 1:
+        scale = _scale(weights, read_in)
+        read, slopes = weights * scale, grad / scale
+    apart = spacing(read, read_in).mul_(slopes).abs_()
+    away = (read - read.to(read_in).to(read.dtype)).mul_(slopes)
     moved = update.sign().abs_()  # a tenth of the time of a comparison on a CPU
     return torch.stack(
         (
