@@ -160,7 +160,8 @@ def weights_held_elsewhere() -> None:
     keep = replay.State
 
     def keep_with_views(roots: Any, **options: Any) -> Any:
-        weights = [w.detach() for w in roots["model 0"].parameters()]
+        model = roots.get("model 0")  # the other one is of logged losses
+        weights = [] if model is None else [w.detach() for w in model.parameters()]
         return keep({**roots, "views": weights})
 
     replay.State = keep_with_views

@@ -11,9 +11,7 @@ precision-aware optimizer.
 from __future__ import annotations
 
 import os
-
-# Compiled helpers of Megatron would need a compiler and gain nothing on a small CPU model.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import sys
 
 from megatron_sharpness.megatron.cpu import cuda, processes, products, stand_ins
 
@@ -48,9 +46,17 @@ def add_required_flags(argv: list[str]) -> list[str]:
 
 def install() -> None:
     """Map CUDA to the CPU in this process. Call it before anything of Megatron is imported."""
+    _compile_nothing()
     processes.single_process_rendezvous()
     processes.map_distributed()
     processes.fork_helpers()
     cuda.map_cuda()
     products.multiply_in_fp32()
     stand_ins.replace_parts()
+
+
+def _compile_nothing() -> None:
+    # Compiled helpers of Megatron would need a compiler and gain nothing on a small CPU model.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.config.disable = True
