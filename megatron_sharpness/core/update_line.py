@@ -39,15 +39,13 @@ class Shard:
         counted: whether this rank's copy counts in sums over all ranks; False for the second and
             later copies of a parameter that several ranks hold.
         packed: what has the main parameters where ``main`` is but the optimizer's name for them.
-        rounded: whether ``model`` is ``main`` rounded to nearest even. Elsewhere the model's own
-            bits are kept at both ends of the line.
+            ``model`` need not be their values rounded to nearest even.
     """
 
     main: Tensor
     model: Tensor
     counted: bool = True
     packed: Packed | None = None
-    rounded: bool = True
 
     @property
     def aliased(self) -> bool:
@@ -60,19 +58,27 @@ class UpdateLine:
 
     Call :meth:`begin` before the step and :meth:`end` after it. In between the memory of one copy
     of the shards' main parameters is taken; :meth:`end` takes a second one for the shards whose
-    main parameter is the model's own, or packed. With ``offload`` the copies lie on the host, in
-    pinned memory where there is a GPU.
+    main parameter is the model's own, or packed.
+
+    Args:
+        shards: of the parameters.
+        offload: keep the copies on the host, in pinned memory where there is a GPU.
+        clipped: whether training changes model and main parameters, each by itself, after the step
+            and before the line is left. Then call :meth:`keep` once it has.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, offload: bool = False) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], *, offload: bool = False, clipped: bool = False
+    ) -> None:
         self.shards = shards
         self.offload = offload
+        self.clipped = clipped
         self._starts: list[Tensor] = []
         self._ends: list[Tensor] = []
-        #: The model's own bits at θ_t and θ_{t+1}, and where it is left in the end, of the shards
-        #: that are not rounded.
+        #: At θ_t and θ_{t+1} the model's own bits of the shards that are not rounded main ones.
         self._bits: dict[float, list[Tensor | None]] = {}
-        self._left: list[Tensor | None] = []
+        #: The model's bits where it is left in the end, if that is not θ_{t+1}.
+        self._left: list[Tensor] = []
 
     @property
     def device(self) -> torch.device:
@@ -86,16 +92,15 @@ class UpdateLine:
         self._bits = {0.0: self._model_bits()}
 
     @torch.no_grad()
-    def end(self, shards: Sequence[Shard] | None = None, *, changes: bool = False) -> None:
-        """Take θ_{t+1}: the main parameters themselves, or a copy where probes overwrite them.
+    def end(self, shards: Sequence[Shard] | None = None) -> None:
+        """Take θ_{t+1}: the main parameters themselves, or a copy where they are overwritten.
 
         Args:
             shards: where the same elements lie now, if a step may put tensors in others' places.
-            changes: whether the main parameters, too, are changed before the line is left.
         """
         self.shards = self.shards if shards is None else shards
         self._ends = [
-            self._values(shard) if changes or shard.aliased else shard.main.detach()
+            self._values(shard) if self.clipped or shard.aliased else shard.main.detach()
             for shard in self.shards
         ]
         self._bits[1.0] = self._model_bits()
@@ -126,16 +131,17 @@ class UpdateLine:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Keep the model's bits as they are, where that is not the end of the line, to leave."""
-        self._left = self._model_bits()
+        """Keep the model as it is: it is left so, and not at θ_{t+1}."""
+        self._left = [self._copy(shard.model) for shard in self.shards]
 
     @torch.no_grad()
     def leave(self) -> None:
         """Write θ_{t+1} into the model, or what was kept."""
-        self.move(1.0)
-        for shard, own in zip(self.shards, self._left, strict=False):
-            if own is not None:
-                shard.model.copy_(own)
+        if not self._left:
+            self.move(1.0)
+            return
+        for shard, own in zip(self.shards, self._left, strict=True):
+            shard.model.copy_(own)
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -182,7 +188,10 @@ class UpdateLine:
         return self._copy(values) if self.offload else values
 
     def _model_bits(self) -> list[Tensor | None]:
-        return [None if shard.rounded else self._copy(shard.model) for shard in self.shards]
+        return [
+            self._copy(shard.model) if self.clipped or shard.packed is not None else None
+            for shard in self.shards
+        ]
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.offload:

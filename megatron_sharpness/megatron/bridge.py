@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -25,7 +25,8 @@ try:
     from megatron.core.timers import Timers
     from megatron.core.utils import get_model_config
 
-    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, quiet
+    from megatron_sharpness.megatron.quiet import quiet
+    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
 except ImportError as error:
@@ -135,7 +136,7 @@ class CriticalSharpnessCallback(Callback):
             return
         with _off_the_clock(state):
             watch = observed.watch() if self._meter.watches else None
-            with _undisturbed(context, self._mode):
+            with _undisturbed(context, self._mode, observed.fail):
                 records = observed.measure(
                     self._meter,
                     recording,
@@ -171,7 +172,9 @@ _print = functools.partial(print, flush=True)
 
 
 @contextlib.contextmanager
-def _undisturbed(context: CallbackContext, mode: str) -> Iterator[None]:
+def _undisturbed(
+    context: CallbackContext, mode: str, fail: Callable[[Exception], object]
+) -> Iterator[None]:
     """Outside of the operations that Bridge counts for a step, and without checks."""
     state = context.state
     checks = state.cfg.rerun_state_machine
@@ -182,7 +185,8 @@ def _undisturbed(context: CallbackContext, mode: str) -> Iterator[None]:
     ]
     operations = {name: value for name, value in vars(state).items() if name.startswith("_flops")}
     try:
-        with quiet(context.model, get_model_config(context.model[0]), mode, switches):
+        config = get_model_config(context.model[0])
+        with quiet(context.model, config, mode, switches, fail):
             yield
     finally:
         vars(state).update(operations)

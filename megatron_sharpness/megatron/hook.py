@@ -41,7 +41,8 @@ from megatron_sharpness.core.settings import Settings
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import graphs
-from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting, quiet
+from megatron_sharpness.megatron.quiet import quiet
+from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import (
@@ -154,7 +155,7 @@ class MeasuredTrainStep:
         frozen = self._frozen is not None
         with _off_the_clock():
             watch = observed.watch() if self.meter.watches and not frozen else None
-            with quiet(schedule.model, config, self._mode, switches):
+            with quiet(schedule.model, config, self._mode, switches, observed.fail):
                 records = observed.measure(
                     self.meter,
                     schedule,

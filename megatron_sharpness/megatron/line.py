@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_sharpness.core.products import StepProducts
-from megatron_sharpness.core.update_line import Shard, UpdateLine
+from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.core.watch import Checksums
 from megatron_sharpness.megatron import engine
 from megatron_sharpness.megatron.shards import Leaf, gathers_of, leaves_of
@@ -49,7 +48,7 @@ class MegatronLine:
         """Keep θ_t of all that the optimizer is about to step."""
         self.is_open = False
         self.lines = [
-            (UpdateLine(self._shards(leaf), offload=self.offload), leaf)
+            (UpdateLine(leaf.shards(), offload=self.offload, clipped=self.clipped), leaf)
             for leaf in leaves_of(self.optimizer)
         ]
         for line, _ in self.lines:
@@ -70,8 +69,7 @@ class MegatronLine:
     def end(self) -> None:
         """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
         for line, leaf in self.lines:
-            # A step may put tensors in others' places.
-            line.end(self._shards(leaf), changes=self.clipped)
+            line.end(leaf.shards())  # a step may put tensors in others' places
         self.is_open = True
         self.gathers.settle()
 
@@ -107,10 +105,6 @@ class MegatronLine:
         """Give the copies back."""
         self.is_open = False
         self.lines = []
-
-    def _shards(self, leaf: Leaf) -> list[Shard]:
-        # Model and main parameters are clipped each by itself.
-        return [replace(s, rounded=s.rounded and not self.clipped) for s in leaf.shards()]
 
     def products(self, clip: float) -> Tensor:
         """The fields of :class:`StepProducts` over all ranks; fp64.

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import mpu, tensor_parallel
-from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-from megatron.core.transformer.moe import router
-from megatron.core.utils import StragglerDetector, get_model_config
-from torch.distributed.tensor import DTensor
+from megatron.core import mpu
+from megatron.core.utils import get_model_config
 
-from megatron_sharpness.core.replay import RandomStates, reduce_loss
+from megatron_sharpness.core.replay import reduce_loss
 from megatron_sharpness.core.state import State
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import engine, graphs
-from megatron_sharpness.megatron.shards import megatron_fsdp
-from megatron_sharpness.megatron.side_effects import activations_stay, logged_losses
+from megatron_sharpness.megatron.states import MegatronRandomStates, state_of
 
 
 @dataclass(frozen=True)
@@ -59,13 +54,13 @@ class RecordingSchedule:
         self._graph = graphs.note_losses(schedule, noting)
         self._kwargs: dict[str, Any] = {}
         self._batches: Any = None
-        self._random: RandomStates | None = None
+        self._random: MegatronRandomStates | None = None
         self._state: State | None = None
 
     def __call__(self, **kwargs: Any) -> Any:
         self._kwargs = kwargs
-        self._random = MegatronRandomStates()
         try:
+            self._random = MegatronRandomStates()
             self._state = state_of(self.model)
         except Exception as caught:  # out of memory, say: the training pass goes on
             self.error = caught
@@ -278,48 +273,6 @@ def _map_iterators(iterators: Any, function: Callable[[Any], Any]) -> Any:
     return None if iterators is None else function(iterators)
 
 
-class MegatronRandomStates(RandomStates):
-    """All random states that Megatron's forward pass may draw from, as they are now."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-        # Transformer Engine's tracker holds generators, which move on in place.
-        self._generators = {
-            state: state.get_state()
-            for state in self._tracker.values()
-            if isinstance(state, torch.Generator)
-        }
-
-    def restore(self) -> None:
-        super().restore()
-        for generator, state in self._generators.items():
-            generator.set_state(state)
-        tensor_parallel.get_cuda_rng_tracker().set_states(dict(self._tracker))
-
-
-def state_of(model: Sequence[Any]) -> State:
-    """What the modules of this rank's model chunks keep beside their parameters."""
-    roots = {f"model {i}": megatron_fsdp.unwrapped(chunk) for i, chunk in enumerate(model)}
-    opened = (engine.LIBRARY,) if engine.quantizes(model) else ()
-    weights = {_storage(weight) for chunk in model for weight in chunk.parameters()}
-    return State(
-        {**roots, **engine.shared_state(model)},
-        copied=lambda tensor: _storage(tensor) not in weights,  # a probe moves weights
-        opened=opened,
-        without=graphs.holders(model),
-    )
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Where a tensor lies; what has no memory lies nowhere that another one does."""
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    try:
-        return held.untyped_storage().data_ptr() or -id(held)
-    except RuntimeError:  # of a tensor that is made of others
-        return -id(held)
-
-
 def reduce_losses(
     losses: Sequence[Loss], error: Exception | None, *, samples: float, per_token: bool
 ) -> tuple[float, int]:
@@ -353,79 +306,3 @@ def reduce_losses(
 def current_device() -> torch.device:
     """Where Megatron's process groups reduce."""
     return torch.device("cuda", torch.cuda.current_device())
-
-
-#: Iterations of a router's Sinkhorn algorithm in a probe: in training it takes tens.
-SINKHORN_ITERATIONS = 1000
-
-
-class _Patience:
-    """A tolerance that after enough comparisons is met: at weights far out, the loop
-    ``while error > tolerance`` in Megatron's ``sinkhorn`` (moe_utils.py) may never end."""
-
-    def __init__(self, tolerance: float) -> None:
-        self._tolerance = tolerance
-        self._comparisons = 0
-
-    def __lt__(self, error: Any) -> bool:
-        self._comparisons += 1
-        return self._comparisons <= SINKHORN_ITERATIONS and bool(error > self._tolerance)
-
-
-def _with_patience(sinkhorn: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(sinkhorn)
-    def sinkhorn_that_ends(cost: Any, tol: float = 0.0001) -> Any:
-        return sinkhorn(cost, _Patience(tol))
-
-    return sinkhorn_that_ends
-
-
-@contextlib.contextmanager
-def quiet(
-    model: Sequence[Any], config: Any, mode: str, switches: Iterable[tuple[Any, str, Any]]
-) -> Iterator[None]:
-    """Megatron as a probe needs it, and afterwards as if nothing had happened.
-
-    No result validation (NaN at a large η is an answer here), no timers, no straggler detection,
-    no gradient synchronization, no router that iterates for ever, no graphs; random states, what
-    the model keeps and its mode put back in the end.
-
-    Args:
-        model: the model chunks of this rank.
-        config: their ``TransformerConfig``.
-        mode: ``eval`` or ``train``.
-        switches: owner, attribute and value of what the training loop itself has to be told.
-    """
-    detector = StragglerDetector._instance  # calling the class would configure it anew
-    replaced = [
-        *switches,
-        # Validation asserts that it is called inside a training pass; off, it still raises on NaN.
-        (get_rerun_state_machine(), "mode", RerunMode.DISABLED),
-        (config, "no_sync_func", None),  # forward-only schedules enter it and never leave
-        (config, "param_sync_func", None),
-        (config, "grad_sync_func", None),
-        (config, "timers", None),
-        (detector, "start", detector.null_method),
-        (detector, "stop", detector.null_method),
-        (router, "sinkhorn", _with_patience(router.sinkhorn)),
-        *graphs.switches(model),
-    ]
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    random, state, logged = MegatronRandomStates(), state_of(model), State(logged_losses())
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
-    if mode == "eval":
-        for chunk in model:
-            chunk.eval()
-    try:
-        with activations_stay():
-            yield
-    finally:
-        if mode == "eval":
-            for chunk in model:
-                chunk.train()
-        for owner, name, value in saved:
-            setattr(owner, name, value)
-        state.restore()
-        logged.restore()
-        random.restore()

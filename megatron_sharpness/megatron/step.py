@@ -88,6 +88,10 @@ class ObservedStep:
             else:
                 self.optimizer.step = replaced
 
+    def fail(self, error: Exception) -> None:
+        """Have the measurement given up, on all ranks, for what went wrong on this one."""
+        self._error = self._error or error
+
     def watch(self) -> Watch | None:
         """A watch over all that training reads later; None where no step was made. Collective."""
         if not self._outcome[0]:

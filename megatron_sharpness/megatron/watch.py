@@ -9,7 +9,7 @@ from typing import Any
 from megatron_sharpness.core.watch import Watch
 from megatron_sharpness.megatron import graphs
 from megatron_sharpness.megatron.line import MegatronLine
-from megatron_sharpness.megatron.replay import MegatronRandomStates
+from megatron_sharpness.megatron.states import MegatronRandomStates
 
 #: Packages whose objects are looked into, and whose globals and class attributes are compared.
 PACKAGES = ("megatron", "transformer_engine", "apex", "emerging_optimizers")

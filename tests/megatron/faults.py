@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args
 
 from megatron_sharpness.core import update_line
-from megatron_sharpness.megatron import engine, graphs, replay
+from megatron_sharpness.megatron import engine, graphs, quiet, replay, states
 from megatron_sharpness.megatron.shards.gathers import AllGathers
 
 RANK = int(os.environ["RANK"])
@@ -41,6 +41,17 @@ def _once(fault: Callable[[], None], owner: type, name: str, *, after: bool = Fa
         return result
 
     setattr(owner, name, faulty)
+
+
+def _once_in(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """``function``, which fails in iteration ``SECOND``."""
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        if get_args().curr_iteration + 1 == SECOND:
+            raise error
+        return function(*args, **kwargs)
+
+    return faulty
 
 
 #: Which call of a method is hit where it is not the second: one snapshot is taken a measurement,
@@ -88,6 +99,12 @@ def out_of_memory_in_snapshot() -> None:
     """On one rank, when θ_t is kept."""
     if RANK == 0:
         _once(_raise(torch.OutOfMemoryError("injected")), update_line.UpdateLine, "begin")
+
+
+def out_of_memory_in_kept_state() -> None:
+    """On one rank, when what the model keeps beside its parameters is copied for the end."""
+    if RANK == 0:
+        quiet.state_of = _once_in(quiet.state_of, torch.OutOfMemoryError("injected"))
 
 
 def out_of_memory_in_move() -> None:
@@ -157,11 +174,11 @@ def probes_by_graphs() -> None:
 
 def weights_held_elsewhere() -> None:
     """What is put back before each pass holds views of the weights."""
-    keep = replay.State
+    keep = states.State
 
     def keep_with_views(roots: Any, **options: Any) -> Any:
-        model = roots.get("model 0")  # the other one is of logged losses
+        model = roots.get("model 0")  # not what is of the log
         weights = [] if model is None else [w.detach() for w in model.parameters()]
         return keep({**roots, "views": weights})
 
-    replay.State = keep_with_views
+    states.State = keep_with_views

@@ -15,27 +15,23 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, training
 
-from megatron_sharpness.megatron import replay
+from megatron_sharpness.megatron import quiet
 from tests.megatron import engine_stand_in, graph_stand_in
 
 RANK = int(os.environ["RANK"])
 
 
+class Dropped:
+    """A state that stays as the last probe has left it."""
+
+    def __init__(self, model: Any = None) -> None: ...
+
+    def restore(self) -> None: ...
+
+
 def nothing_is_put_back() -> None:
-    """In the end of a measurement what the model keeps stays as the last probe has left it."""
-    keep = replay.state_of
-
-    class Dropped:
-        def restore(self) -> None: ...
-
-    def drop_every_other(model: Any) -> Any:
-        # The one is taken before the step, for the probes, the other by `quiet`, for the end.
-        nonlocal calls
-        calls += 1
-        return Dropped() if calls % 2 == 0 else keep(model)
-
-    calls = 0
-    replay.state_of = drop_every_other
+    """In the end of a measurement; before each of its passes it is."""
+    quiet.state_of = Dropped
 
 
 def tokens_counted_in_every_pass() -> None:
@@ -58,7 +54,7 @@ def tokens_counted_and_nothing_put_back() -> None:
 
 def a_log_that_no_one_knows_of() -> None:
     """The losses that multi-token prediction logs, where they were not put back."""
-    replay.logged_losses = dict
+    quiet.state_of_logs = Dropped
 
 
 def attention_logits() -> None:

@@ -23,6 +23,7 @@ FAULTS = {
     "exception_in_forward_on_last_rank": (BUCKETS, "rank 1: RuntimeError: injected"),
     "exception_after_forward_on_last_rank": (TP, "rank 1: RuntimeError: injected"),
     "out_of_memory_in_snapshot": (DP, "rank 0: OutOfMemoryError: injected"),
+    "out_of_memory_in_kept_state": (DP, "rank 0: OutOfMemoryError: injected"),
     "out_of_memory_in_move": (TP, "rank 0: OutOfMemoryError: injected"),
 }
 

@@ -14,7 +14,7 @@ import random
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
-from megatron_sharpness.megatron.replay import MegatronRandomStates
+from megatron_sharpness.megatron.states import MegatronRandomStates
 
 generator = torch.Generator()  # what Transformer Engine's tracker holds: it moves on in place
 tracker = tensor_parallel.get_cuda_rng_tracker()

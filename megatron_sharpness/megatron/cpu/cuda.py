@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from megatron_sharpness.megatron.cpu.modes import stay_in
+from megatron_sharpness.megatron.cpu.modes import Mode, stay_in
 
 _CPU = torch.device("cpu")
 
@@ -26,29 +24,22 @@ def map_cuda() -> None:
     stay_in(_CudaOnCpu())
 
 
-class _CudaOnCpu(TorchFunctionMode):
+class _CudaOnCpu(Mode):
     """Every torch call with a CUDA device in its arguments is made with the CPU instead."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
-        if kwargs:
-            if "device" in kwargs:
-                kwargs = {**kwargs, "device": _to_cpu(kwargs["device"], integers=True)}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _to_cpu(kwargs["device"], integers=True)}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if len(args) > 1:
             to = func is torch.Tensor.to
             args = (args[0], *(_to_cpu(arg, integers=to) for arg in args[1:]))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _to_cpu(device: Any, *, integers: bool) -> Any:
@@ -230,34 +221,22 @@ def _map_profilers() -> None:
 def _map_tensors() -> None:
     for kind in ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Byte", "Bool"):
         setattr(torch.cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
-    # But for what :func:`tensors_on_the_host` has marked, everything is on the device.
+    # But for what :class:`HostTensors` has marked, everything is on the device.
     torch.Tensor.is_cuda = property(  # type: ignore[assignment]
         lambda tensor: not getattr(tensor, "_on_host", False)
     )
 
 
-@contextmanager
-def tensors_on_the_host() -> Iterator[None]:
-    """Within it a tensor that is moved to the host is told from those on the device, for good."""
-    with _HostTensors():
-        yield
-
-
-class _HostTensors(TorchFunctionMode):
-    """Marks what ``cpu()`` makes, and what is made of it."""
+class HostTensors(Mode):
+    """Within it a tensor that is moved to the host, and what is made of it, is told from those on
+    the device, for good."""
 
     _KEEPING = frozenset(
         {torch.Tensor.pin_memory, torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.float}
     )
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if func is torch.Tensor.cpu:
             result = result.view(result.shape)  # another tensor than what it was made of
         elif func not in self._KEEPING or not getattr(args[0], "_on_host", False):

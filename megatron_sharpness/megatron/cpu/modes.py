@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 
-def stay_in(mode: TorchFunctionMode) -> None:
+class Mode(TorchFunctionMode):
+    """What is made of a torch call; here the call itself."""
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.call(func, args, kwargs or {})
+
+
+def stay_in(mode: Mode) -> None:
     """Enter a mode for good, backward passes included.
 
     A mode is off inside of its own ``__torch_function__``, and there ``backward`` runs with all

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from megatron_sharpness.megatron.cpu.modes import stay_in
+from megatron_sharpness.megatron.cpu.modes import Mode, stay_in
 
 _PRODUCTS = frozenset({
     functional.linear, torch.einsum,
@@ -40,21 +39,14 @@ def _without_kernel() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, there in has.items() if not there)
 
 
-class _InFp32(TorchFunctionMode):
+class _InFp32(Mode):
     """Makes the products of tensors of some dtypes, and their gradients', in fp32."""
 
     def __init__(self, dtypes: frozenset[torch.dtype]) -> None:
         super().__init__()
         self._dtypes = dtypes
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func not in _PRODUCTS or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         dtypes = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}

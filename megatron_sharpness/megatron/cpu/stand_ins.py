@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_sharpness.megatron.cpu.attention import complete_attention
-from megatron_sharpness.megatron.cpu.cuda import tensors_on_the_host
+from megatron_sharpness.megatron.cpu.cuda import HostTensors
 from megatron_sharpness.megatron.cpu.fused_adam import stand_in_for_fused_adam
 
 
@@ -139,7 +139,7 @@ def _optimizers_on_the_host() -> None:
     @functools.wraps(split)
     def split_by_place(self: Any, *args: Any, **kwargs: Any) -> Any:
         # It asks its parameters which of them it has moved to the host.
-        with tensors_on_the_host():
+        with HostTensors():
             return split(self, *args, **kwargs)
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = split_by_place

@@ -53,7 +53,6 @@ class Leaf:
                 model=each.model,
                 counted=self._counts(each.parameter),
                 packed=each.packed,
-                rounded=each.packed is None,
             )
             for each in self._stepped()
         ]

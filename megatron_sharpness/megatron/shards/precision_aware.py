@@ -41,45 +41,34 @@ def _stepped(inner: Any, owner: Tensor, model: Tensor) -> Stepped:
         return Stepped(owner, inner.param_to_inner_param[owner], model, gradient)
     if owner.dtype == torch.float32:  # it has a master that is made, and never stepped
         return Stepped(owner, owner, model, gradient)
-    if _is_plain(inner, owner):
-        return Stepped(owner, inner.state[owner][_MASTER], model, gradient)
-    return Stepped(owner, owner, model, gradient, packed=_Master(inner, owner, model))
-
-
-def _is_plain(inner: Any, owner: Tensor) -> bool:
-    """Whether the master is there, in fp32."""
-    master = inner.state.get(owner, {}).get(_MASTER)
-    return master is not None and master.dtype == torch.float32
+    held = inner.state.get(owner, {}).get(_MASTER)
+    if held is not None and held.dtype == torch.float32:
+        return Stepped(owner, held, model, gradient)
+    return Stepped(owner, owner, model, gradient, packed=_Master(inner, owner, model, held))
 
 
 class _Master:
     """A master parameter before the first step has made it from the weight; in fp16, scaled; or of
     which the upper half is the weight itself (``store_param_remainders``)."""
 
-    def __init__(self, inner: Any, owner: Tensor, model: Tensor) -> None:
+    def __init__(self, inner: Any, owner: Tensor, model: Tensor, held: Tensor | None) -> None:
         self._inner = inner
         self._owner = owner
         self._model = model
-
-    @property
-    def _held(self) -> Tensor | None:
-        held: Tensor | None = self._inner.state.get(self._owner, {}).get(_MASTER)
-        return held
+        self._held = held
 
     def unpack(self) -> Tensor:
-        held = self._held
-        if held is None:
+        if self._held is None:
             return self._model.detach().float()
-        if held.dtype == torch.int16:
-            return _joined(self._model.detach(), held)
+        if self._held.dtype == torch.int16:
+            return _joined(self._model.detach(), self._held)
         unscaled: Tensor = self._inner.get_unscaled_state(self._owner, _MASTER)
         return unscaled.detach()
 
     def pack(self, values: Tensor) -> None:
-        held = self._held
-        assert held is not None, "a step has made it"
-        if held.dtype == torch.int16:
-            held.copy_((values.view(torch.int32) & 0xFFFF).to(torch.int16))
+        assert self._held is not None, "a step has made it"
+        if self._held.dtype == torch.int16:
+            self._held.copy_((values.view(torch.int32) & 0xFFFF).to(torch.int16))
         else:
             self._inner.set_scaled_state(self._owner, _MASTER, values)
 
