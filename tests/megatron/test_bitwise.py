@@ -41,8 +41,7 @@ LAYOUTS = {
     "fp16 with skipped steps": (1, "--fp16 --initial-loss-scale 2097152 --hysteresis 1"),
     "sgd": (1, "--optimizer sgd --bf16"),
     "muon": (1, "--optimizer muon --bf16"),
-    "muon distributed": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
-                            "--overlap-grad-reduce --overlap-param-gather"),
+    "muon distributed": (2, f"--optimizer muon --use-distributed-optimizer {OVERLAP}"),
     "muon distributed tp": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
                                "--tensor-model-parallel-size 2"),
     "muon dealt out": (2, "--optimizer muon --bf16 --use-distributed-optimizer "
@@ -51,8 +50,7 @@ LAYOUTS = {
                                   "--no-use-layer-wise-param-layout"),
     "decoupled lr": (1, "--decoupled-lr 2e-2 --decoupled-min-lr 1e-3 --bf16 "
                         "--untie-embeddings-and-output-weights"),
-    "recompute": (1, "--bf16 --recompute-granularity full --recompute-method uniform "
-                     "--recompute-num-layers 1"),
+    "recompute": (1, f"--bf16 {RECOMPUTE}"),
     "no reruns": (1, "--bf16 --rerun-mode disabled"),
     "eval mode": (1, "--bf16 --critical-sharpness-mode eval"),
     "offload": (1, "--bf16 --critical-sharpness-offload cpu"),
@@ -60,10 +58,8 @@ LAYOUTS = {
     "distributed optimizer": (2, "--bf16 --use-distributed-optimizer"),
     "distributed optimizer fp32": (2, "--use-distributed-optimizer"),
     "non-distributed optimizer": (2, "--bf16"),
-    "overlap": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce "
-                   "--overlap-param-gather"),
-    "overlap in buckets": (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce "
-                              "--overlap-param-gather --ddp-bucket-size 5000"),
+    "overlap": (2, f"--use-distributed-optimizer {OVERLAP}"),
+    "overlap in buckets": (2, f"--use-distributed-optimizer {OVERLAP} --ddp-bucket-size 5000"),
     "tp": (2, "--tensor-model-parallel-size 2"),
     "tp with sequence parallelism": (2, "--tensor-model-parallel-size 2 --sequence-parallel --bf16 "
                                         "--use-distributed-optimizer"),
@@ -81,8 +77,8 @@ LAYOUTS = {
                     "--moe-router-topk 1 --disable-bias-linear --bf16"),
     "tp pp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
                  "--sequence-parallel --bf16 --use-distributed-optimizer"),
-    "pp dp overlap": (4, "--pipeline-model-parallel-size 2 --bf16 --use-distributed-optimizer "
-                         "--overlap-grad-reduce --overlap-param-gather"),
+    "pp dp overlap": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer "
+                         f"{OVERLAP}"),
     "instances": (4, f"--use-distributed-optimizer {OVERLAP} "
                      "--num-distributed-optimizer-instances 2"),
     "instances fp32": (4, "--use-distributed-optimizer --overlap-grad-reduce "

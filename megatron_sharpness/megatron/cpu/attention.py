@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sharpness.core.errors import InputError
+
 
 def complete_attention() -> None:
     """Have ``DotProductAttention`` take what it refuses. This imports Megatron."""
@@ -46,9 +48,10 @@ def complete_attention() -> None:
         mask = _behind(len(query), size) if attention_mask is None else attention_mask
         windowed = self.scale_mask_softmax.window_size is not None
         if windowed or mask.shape[-2:] != (len(query), len(query) * size):
-            raise NotImplementedError(
-                "--context-parallel-size: on the CPU backend it is for causal attention without a "
-                "window, and with a mask of this rank's queries over all keys, or none"
+            raise InputError(
+                f"--context-parallel-size {size}: on the CPU backend it is for causal attention "
+                "without a window, and with a mask of this rank's queries over all keys, or none; "
+                "give 1"
             )
         key, value = _of_all_ranks(key, size), _of_all_ranks(value, size)
         return attend(self, query, key, value, mask, *args, **kwargs)

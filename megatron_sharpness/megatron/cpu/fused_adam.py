@@ -1,7 +1,8 @@
 """Transformer Engine's ``FusedAdam`` on the CPU: its interface, its states, its rounding.
 
 As in Transformer Engine 2.20 (``optimizers/fused_adam.py``, ``multi_tensor/adam.cu``), without fp8
-states.
+states. What a measurement makes of those states (``shards/precision_aware.py``) is written by
+itself, so that each shows the other's errors.
 """
 
 from __future__ import annotations
