@@ -149,6 +149,15 @@ def faults_of_megatron(args: Any) -> list[str]:
             "--outer-dp-sharding-strategy optim: Megatron-FSDP scales the gradients wrongly, and "
             "the gradient norm is that of others; train with no_shard"
         )
+    instances = getattr(args, "num_distributed_optimizer_instances", 1)
+    strategy = getattr(args, "data_parallel_sharding_strategy", None)
+    sharded = strategy in ("optim_grads", "optim_grads_params")
+    if _is_hybrid(args) and sharded and instances == getattr(args, "data_parallel_size", 0):
+        found.append(
+            f"--num-distributed-optimizer-instances {instances}: with one rank in each instance "
+            f"Megatron-FSDP reduces the gradients of several micro-batches wrongly under {strategy}; "
+            "train with fewer instances, or with one micro-batch a step"
+        )
     processes = getattr(args, "world_size", 0) // getattr(args, "pipeline_model_parallel_size", 1)
     sharing = (getattr(args, "expert_tensor_parallel_size", None) or 1) * getattr(
         args, "expert_model_parallel_size", 1

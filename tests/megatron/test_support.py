@@ -124,6 +124,10 @@ def test_what_megatron_itself_gets_wrong_is_told() -> None:
     assert not support.faults_of_megatron(arguments(num_experts=4, world_size=2))
     hybrid = arguments(**HYBRID, outer_dp_sharding_strategy="optim")
     assert "--outer-dp-sharding-strategy optim" in support.faults_of_megatron(hybrid)[0]
+    alone = {**HYBRID, "data_parallel_sharding_strategy": "optim_grads_params"}
+    (told,) = support.faults_of_megatron(arguments(**alone, data_parallel_size=2))
+    assert "--num-distributed-optimizer-instances 2: with one rank in each instance" in told
+    assert not support.faults_of_megatron(arguments(**alone, data_parallel_size=4))
     experts = {"use_megatron_fsdp": True, "num_experts": 4, "expert_model_parallel_size": 2}
     (told,) = support.faults_of_megatron(arguments(**experts, world_size=2))
     assert "--expert-model-parallel-size 2" in told
