@@ -154,9 +154,9 @@ def faults_of_megatron(args: Any) -> list[str]:
     sharded = strategy in ("optim_grads", "optim_grads_params")
     if _is_hybrid(args) and sharded and instances == getattr(args, "data_parallel_size", 0):
         found.append(
-            f"--num-distributed-optimizer-instances {instances}: with one rank in each instance and "
-            f"{strategy} Megatron-FSDP reduces the gradients of several micro-batches wrongly; train "
-            "with fewer instances, or with one micro-batch a step"
+            f"--num-distributed-optimizer-instances {instances}: with one rank in each instance "
+            f"Megatron-FSDP reduces the gradients of several micro-batches wrongly under "
+            f"{strategy}; train with fewer instances, or with one micro-batch a step"
         )
     processes = getattr(args, "world_size", 0) // getattr(args, "pipeline_model_parallel_size", 1)
     sharing = (getattr(args, "expert_tensor_parallel_size", None) or 1) * getattr(
