@@ -71,6 +71,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "masters in the optimizer": (2, {**BF16, **OVERLAP, "optimizer": {
         **BF16.get("optimizer", {}), **DISTRIBUTED["optimizer"],
         "use_precision_aware_optimizer": True}}),
+    "qk-clip": (
+        1, {**BF16, "model": {**BF16["model"], "qk_clip": True, "qk_clip_threshold": 0.01}},
+    ),
 }  # fmt: skip
 
 STATUSES = {"fp16 with skipped steps": ["skipped_step", "found", "found"]}
@@ -105,7 +108,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     cases["whole"] = LONG
     cases["first half"] = {**LONG, "checkpoint": saving, "exit_interval": 4}
     cases["second half"] = {**LONG, "checkpoint": {**saving, "load": checkpoints}}
-    cases["refused"] = {"every": 2, "model": {"qk_clip": True}}
+    cases["refused"] = {"every": 2, "ddp": {"fp8_param_gather": True}}
     folders = {name: root / name.replace(" ", "_") for name in cases}
     described = [{"folder": str(folders[name]), **case} for name, case in cases.items()]
     (root / "cases.json").write_text(json.dumps(described))
@@ -213,5 +216,5 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(runs: dict[str
     refused = runs["refused"]
     assert refused.returncode != 0
     assert "InputError" in refused.output
-    assert "qk-clip" in refused.output
+    assert "--fp8-param-gather True" in refused.output
     assert not refused.training_lines
