@@ -21,6 +21,9 @@ FLAGS = {
     "max_evaluations": "--critical-sharpness-max-evaluations",
     "on_error": "--critical-sharpness-on-error",
     "watch": "--critical-sharpness-watch",
+    "alarm": "--critical-sharpness-alarm",
+    "alarm_after": "--critical-sharpness-alarm-after",
+    "alarm_every": "--critical-sharpness-alarm-every",
 }
 
 
@@ -131,6 +134,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=defaults.watch,
         help="Which measurements are watched, whether they leave all that training reads later as "
         "it was: the 'first' of a run, the default, or 'always'. It takes less than an iteration.",
+    )
+    group.add_argument(
+        FLAGS["alarm"],
+        type=float,
+        default=defaults.alarm,
+        metavar="R",
+        help="Warn where the learning rate over the critical one is above R at several "
+        "measurements in a row: in the log, as a text in TensorBoard and an alert in W&B. Above 1 "
+        "a step raises the loss of its own batch. Off by default.",
+    )
+    group.add_argument(
+        FLAGS["alarm_after"],
+        type=int,
+        default=defaults.alarm_after,
+        metavar="K",
+        help="How many measurements in a row begin the alarm, and end it (default: %(default)s).",
+    )
+    group.add_argument(
+        FLAGS["alarm_every"],
+        type=int,
+        default=defaults.alarm_every,
+        metavar="N",
+        help="While the alarm lasts, measure at every iteration that N divides, too.",
     )
     return parser
 

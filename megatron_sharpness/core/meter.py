@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from megatron_sharpness.core.alarm import Alarm, AlarmBell
 from megatron_sharpness.core.checks import Ending, WrongLoss, disturbed
 from megatron_sharpness.core.errors import ProbeError, reason_of
 from megatron_sharpness.core.measurement import TRAIN, Measurement, Records
@@ -36,6 +37,7 @@ class Meter:
     Attributes:
         guesses: η_c last found, where the next search starts, by name of the data.
         test: what the run has shown of its losses.
+        bell: the alarm.
         ended: why nothing more is measured, if so.
 
     Args:
@@ -54,9 +56,17 @@ class Meter:
     guesses: dict[str, float] = field(default_factory=dict, init=False)
     test: SelfTest = field(default_factory=SelfTest, init=False)
     ended: str | None = field(default=None, init=False)
+    bell: AlarmBell = field(init=False)
     _watched: bool = field(default=False, init=False)
     _passed: bool = field(default=False, init=False)
     _silent: set[int] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self.bell = AlarmBell(self.settings.alarm, self.settings.alarm_after)
+
+    def due(self, iteration: int) -> bool:
+        """Whether ``iteration`` is to be measured: more of them are while the alarm rings."""
+        return self.settings.due(iteration, alarmed=self.bell.rings)
 
     @property
     def watches(self) -> bool:
@@ -118,7 +128,9 @@ class Meter:
         elif self.self_tested:
             records = self._self_tested(records, watched=changed is not None)
         for record in records.values():
-            self._write(record)
+            self._tell("write", record)
+        if (alarm := self.bell.observe(records.train)) is not None:
+            self._raise_alarm(alarm)
         failed = next((r for r in records.values() if r.status == "failed"), None)
         if failed is not None and self.settings.on_error == "raise":
             raise ProbeError(failed.reason)
@@ -133,16 +145,19 @@ class Meter:
         return {
             key: [list(pair) for pair in value.items()] if isinstance(value, dict) else value
             for key, value in {"guesses": self.guesses, **asdict(self.test)}.items()
-        }
+        } | {"alarm": self.bell.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; entries that this version does not know are ignored."""
-        read: dict[str, Any] = {
-            key: dict(value) if isinstance(value, list) else value for key, value in state.items()
-        }
         known = {entry.name for entry in fields(SelfTest)}
-        self.guesses = read.get("guesses", {})
-        self.test = SelfTest(**{key: value for key, value in read.items() if key in known})
+        self.bell.load_state_dict(state.get("alarm", []))
+        read: dict[str, Any] = {
+            key: dict(value) if isinstance(value, list) else value
+            for key, value in state.items()
+            if key in {"guesses", *known}
+        }
+        self.guesses = read.pop("guesses", {})
+        self.test = SelfTest(**read)
 
     def _measured(self, step: Step, loss_at: LossAt) -> Measurement:
         record = step.blank(TRAIN)
@@ -270,10 +285,24 @@ class Meter:
             return replace(record, status="skipped_step", reason=step.skipped)
         return replace(record, status="zero_lr") if step.lr == 0.0 else None
 
-    def _write(self, record: Measurement) -> None:
+    def _raise_alarm(self, alarm: Alarm) -> None:
+        self.warn(str(alarm))
+        self._tell("alarm", alarm)
+        if self.settings.on_alarm is None:
+            return
+        try:
+            self.settings.on_alarm(alarm)
+        except Exception as error:
+            if self.settings.on_error == "raise":
+                raise
+            self.warn(f"critical sharpness: on_alarm has failed ({reason_of(error)})")
+
+    def _tell(self, method: Literal["write", "alarm"], what: Measurement | Alarm) -> None:
+        """Hand it to all sinks; not every one has a place for alarms."""
         for sink in self.sinks:
             try:
-                sink.write(record)
+                if hasattr(sink, method):
+                    getattr(sink, method)(what)
             except Exception as error:
                 if self.settings.on_error == "raise":
                     raise
@@ -281,7 +310,7 @@ class Meter:
                     self._silent.add(id(sink))
                     self.warn(
                         f"critical sharpness: {type(sink).__name__} could not write iteration "
-                        f"{record.iteration} ({reason_of(error)}); this is said once"
+                        f"{what.iteration} ({reason_of(error)}); this is said once"
                     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.measurement import TRAIN
 from megatron_sharpness.core.search import Method
@@ -27,6 +28,11 @@ class Settings:
         on_error: what a failed measurement does to the run.
         watch: which measurements are watched, whether they leave everything that training reads
             later as it was: the ``first`` of a run, or ``always``.
+        alarm: η/η_c above which the alarm rings; None never.
+        alarm_after: how many measurements in a row it takes to begin, and to end.
+        alarm_every: interval in iterations while it rings; ``every`` if None.
+        on_alarm: called with the :class:`~megatron_sharpness.core.alarm.Alarm` that begins or ends,
+            on all ranks alike.
 
     Raises:
         SettingError: a value cannot be used; the message names it, the reason and the remedy.
@@ -39,6 +45,10 @@ class Settings:
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
     watch: Literal["first", "always"] = "first"
+    alarm: float | None = None
+    alarm_after: int = 3
+    alarm_every: int | None = None
+    on_alarm: Callable[[Alarm], object] | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.every) or self.every < 0:
@@ -76,6 +86,35 @@ class Settings:
             raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
         if self.watch not in ("first", "always"):
             raise SettingError("watch", self.watch, "give 'first' or 'always'")
+        self._check_alarm()
+
+    def _check_alarm(self) -> None:
+        if self.alarm is not None and not 0.0 < self.alarm < math.inf:
+            raise SettingError(
+                "alarm",
+                self.alarm,
+                "it is a learning rate over the critical one, and positive; give 1, above which a "
+                "step raises the loss of its own batch, or leave it out",
+            )
+        if not _is_count(self.alarm_after) or self.alarm_after < 1:
+            raise SettingError(
+                "alarm_after", self.alarm_after, "a number of measurements in a row; give 1 or more"
+            )
+        closer = self.alarm_every
+        if closer is not None and (not _is_count(closer) or not 1 <= closer <= self.every):
+            raise SettingError(
+                "alarm_every",
+                closer,
+                "an interval in iterations that is no longer than the one between measurements "
+                f"without alarm, {self.every}; give a part of that, or leave it out",
+            )
+        for name in ("alarm_every", "on_alarm"):
+            if self.alarm is None and (value := getattr(self, name)) is not None:
+                raise SettingError(
+                    name, value, "there is no alarm; give alarm, say 1, or leave this out"
+                )
+        if self.on_alarm is not None and not callable(self.on_alarm):
+            raise SettingError("on_alarm", self.on_alarm, "give a function of one argument")
 
     @classmethod
     def of(cls, owner: object, **given: Any) -> Settings:
@@ -93,9 +132,12 @@ class Settings:
             )
         return cls(**given)
 
-    def due(self, iteration: int) -> bool:
-        """Whether the interval divides ``iteration``."""
-        return self.every > 0 and iteration % self.every == 0
+    def due(self, iteration: int, *, alarmed: bool = False) -> bool:
+        """Whether the interval divides ``iteration``, or the closer one of an alarm."""
+        if not self.every:
+            return False
+        closer = alarmed and self.alarm_every is not None and iteration % self.alarm_every == 0
+        return closer or iteration % self.every == 0
 
 
 def _is_count(value: object) -> bool:

@@ -121,7 +121,7 @@ class CriticalSharpnessCallback(Callback):
             self._meter.sinks = [*_sinks(state, self._meter), *self._sinks]
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        if self._settings.due(context.state.train_state.step + 1):
+        if self._meter.due(context.state.train_state.step + 1):
             self._recording = RecordingSchedule(self._schedule, context.model)
             self._observed = ObservedStep(
                 context.optimizer, context.model, _options(context), offload=self._offload

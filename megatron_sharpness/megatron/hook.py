@@ -102,7 +102,7 @@ class MeasuredTrainStep:
         iteration = get_args().curr_iteration + 1
         if self._others is None:  # before the first step: the tokenizer is there
             self._others = [_evaluation_set(name, path) for name, path in self._sources.items()]
-        due = self._settings.due(iteration) and iteration > (self._frozen or 0)
+        due = self.meter.due(iteration) and iteration > (self._frozen or 0)
         call = self._signature.bind(*args, **kwargs)
         graphs.note_losses(call.arguments["forward_backward_func"], noting)  # before it is captured
         if not due and self._frozen is None:
@@ -129,7 +129,7 @@ class MeasuredTrainStep:
 
     @property
     def meter(self) -> Meter:
-        """Made at the first measurement, when Megatron's writers and loaded state are there."""
+        """Made at the first step, when Megatron's writers and loaded state are there."""
         if self._meter is None:
             is_writer = dist.get_rank() == dist.get_world_size() - 1
             self._meter = Meter(

@@ -258,10 +258,10 @@ class CriticalSharpness:
         return previous
 
     def _measures(self, step: int) -> bool:
-        return self._settings.due(step) and (self._frozen is None or step > self._frozen)
+        return self._meter.due(step) and (self._frozen is None or step > self._frozen)
 
     def _observes(self, step: int) -> bool:
-        return self._frozen is not None or self._settings.due(step)
+        return self._frozen is not None or self._meter.due(step)
 
     def _observe(self) -> ObservedStep:
         return ObservedStep(self._model, self._optimizers, keep=self._keep, offload=self._offload)

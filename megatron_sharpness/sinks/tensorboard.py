@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.measurement import Scalars
 
 
@@ -23,3 +24,6 @@ class TensorBoardSink:
             self.writer.add_scalar(tag, value, measurement.iteration)
             if measurement.consumed_samples is not None:
                 self.writer.add_scalar(f"{tag} vs samples", value, measurement.consumed_samples)
+
+    def alarm(self, alarm: Alarm) -> None:
+        self.writer.add_text("critical-sharpness-alarm", str(alarm), alarm.iteration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.measurement import Scalars
 
 
@@ -19,3 +20,6 @@ class WandbSink:
 
     def write(self, measurement: Scalars) -> None:
         self.run.log(measurement.scalars(), measurement.iteration)
+
+    def alarm(self, alarm: Alarm) -> None:
+        self.run.alert(title="Critical sharpness", text=str(alarm), level="WARN")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.errors import InputError, refuse
+from megatron_sharpness.core.settings import Settings
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink
 
@@ -25,6 +28,9 @@ except ImportError as error:
     ) from error
 
 log = logging.getLogger(__name__)
+
+#: The arguments of the callback that are settings of every measurement.
+SETTINGS = tuple(setting.name for setting in fields(Settings) if setting.name != "every")
 
 
 @dataclass
@@ -59,6 +65,10 @@ class CriticalSharpnessCallback(Callback):
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
     watch: Literal["first", "always"] = "first"
+    alarm: float | None = None
+    alarm_after: int = 3
+    alarm_every: int | None = None
+    on_alarm: Callable[[Alarm], object] | None = None
 
     _sharpness: CriticalSharpness | None = field(default=None, init=False, repr=False)
     _state: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -91,12 +101,7 @@ class CriticalSharpnessCallback(Callback):
             ],
             mode=self.mode,
             offload=self.offload,
-            method=self.method,
-            tolerance=self.tolerance,
-            initial_guess=self.initial_guess,
-            max_evaluations=self.max_evaluations,
-            on_error=self.on_error,
-            watch=self.watch,
+            **{name: getattr(self, name) for name in SETTINGS},
         )
         self._sharpness.load_state_dict(self._state)
 

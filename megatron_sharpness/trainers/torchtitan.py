@@ -57,6 +57,15 @@ class CriticalSharpnessConfig:
     watch: Literal["first", "always"] = "first"
     """Which measurements are watched, whether they leave what training reads later as it was."""
 
+    alarm: float | None = None
+    """Learning rate over the critical one above which the alarm rings. By default never."""
+
+    alarm_after: int = 3
+    """How many measurements in a row begin the alarm, and end it."""
+
+    alarm_every: int | None = None
+    """Measure after the steps that this number divides, too, while the alarm rings."""
+
 
 class CriticalSharpnessTrainer(Trainer):
     """A ``Trainer`` that measures critical sharpness λ_c = 2/η_c (Def. 2.1).

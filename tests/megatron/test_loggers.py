@@ -42,3 +42,33 @@ def test_tags_are_added_and_the_others_are_untouched(tmp_path: Path) -> None:
         assert [step for step, _ in measured[f"{tag} vs samples"]] == [16, 32, 48]
         assert [value for _, value in measured[tag]] == pytest.approx(recorded, rel=1e-6)
     assert result.output.count("critical sharpness at iteration") == 3
+
+
+def test_an_alarm_is_told_and_looked_at_closer_with_training_unchanged(tmp_path: Path) -> None:
+    alarm = "--critical-sharpness-alarm 1e-4 --critical-sharpness-alarm-every 1"
+    saving = f"--save {tmp_path / 'checkpoints'} --save-interval 5"
+    plain = run(tmp_path / "plain", "--bf16 --hidden-dropout 0 --attention-dropout 0")
+    measured = run(
+        tmp_path / "measured", f"--bf16 --hidden-dropout 0 --attention-dropout 0 {alarm} "
+        f"--critical-sharpness-alarm-after 2 {saving} --exit-interval 5", every=2,
+    )  # fmt: skip
+    resumed = run(
+        tmp_path / "resumed", f"--bf16 --hidden-dropout 0 --attention-dropout 0 {alarm} "
+        f"--critical-sharpness-alarm-after 2 --load {tmp_path / 'checkpoints'}", every=2,
+    )  # fmt: skip
+    lines = measured.expect_success().training_lines + resumed.expect_success().training_lines
+    assert lines == plain.expect_success().training_lines
+    assert [record["iteration"] for record in measured.records] == [2, 4, 5]
+    assert [record["iteration"] for record in resumed.records] == [6]
+    assert measured.output.count("critical sharpness: ALARM at iteration 4: ") == 1
+    assert "ALARM" not in resumed.output  # it goes on
+    events = accumulator.EventAccumulator(str(measured.folder / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("critical-sharpness-alarm/text_summary")
+    assert text.step == 4 and b"ALARM at iteration 4" in text.tensor_proto.string_val[0]
+
+
+def test_one_that_cannot_be_is_refused_at_start_up(tmp_path: Path) -> None:
+    result = run(tmp_path, "--critical-sharpness-alarm -1", every=2)
+    assert result.returncode != 0
+    assert "--critical-sharpness-alarm -1.0: " in result.output and "give 1" in result.output
