@@ -21,6 +21,8 @@ FLAGS = {
     "max_evaluations": "--critical-sharpness-max-evaluations",
     "on_error": "--critical-sharpness-on-error",
     "watch": "--critical-sharpness-watch",
+    "parts": "--critical-sharpness-parts",
+    "parts_every": "--critical-sharpness-parts-every",
     "alarm": "--critical-sharpness-alarm",
     "alarm_after": "--critical-sharpness-alarm-after",
     "alarm_every": "--critical-sharpness-alarm-every",
@@ -136,6 +138,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "it was: the 'first' of a run, the default, or 'always'. It takes less than an iteration.",
     )
     group.add_argument(
+        FLAGS["parts"],
+        nargs="+",
+        default=None,
+        metavar="PRESET | NAME=REGEX",
+        help="Measure the update of each part of the model alone, too, while the rest stays where "
+        "it was: which part breaks first. 'modules' (embeddings, attention, mlp, experts, router, "
+        "norms, output), 'groups' (of the optimizer's parameters), 'layers' (thirds of the "
+        "depth), or names with a regular expression of parameters' names each.",
+    )
+    group.add_argument(
+        FLAGS["parts_every"],
+        type=int,
+        default=None,
+        metavar="N",
+        help="Do so at every iteration that N divides, a multiple of the interval of measurements "
+        "(default: at each of them). A part takes two or three forward passes.",
+    )
+    group.add_argument(
         FLAGS["alarm"],
         type=float,
         default=defaults.alarm,
@@ -203,10 +223,23 @@ def settings_of(args: Any) -> Settings:
     Raises:
         InputError: a flag's value cannot be used. The message names flag, value, reason and remedy.
     """
+    given = {name: getattr(args, _destination(flag)) for name, flag in FLAGS.items()}
     try:
-        return Settings(**{name: getattr(args, _destination(flag)) for name, flag in FLAGS.items()})
+        return Settings(**{**given, "parts": _parts(given["parts"])})
     except SettingError as error:
-        raise _bad(FLAGS[error.name], error.value, error.reason) from None
+        raise as_flag(error) from None
+
+
+def as_flag(error: SettingError) -> InputError:
+    """The error of a setting that was given as a flag."""
+    return _bad(FLAGS[error.name], error.value, error.reason)
+
+
+def _parts(given: list[str] | None) -> str | dict[str, str] | None:
+    """The value of the setting ``parts``."""
+    if given is None or (len(given) == 1 and "=" not in given[0]):
+        return given[0] if given else None
+    return dict(text.partition("=")[::2] for text in given)
 
 
 def log_path(args: Any) -> Path | None:

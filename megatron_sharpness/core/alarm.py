@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_sharpness.core.measurement import Measurement
-
-#: η/η_c of a measurement that has found no η_c: 0 and ∞ are its limits.
-_ENDINGS = {"not_descent": math.inf, "no_lower": math.inf, "non_finite": math.inf, "no_upper": 0.0}
+from megatron_sharpness.core.measurement import Measurement, rate_over_critical
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class AlarmBell:
 
     def observe(self, record: Measurement) -> Alarm | None:
         """Take in a record of the step's own batch; what it begins or ends."""
-        ratio = _ENDINGS.get(record.status, record.lr_over_critical)
+        ratio = rate_over_critical(record.status, record.lr_over_critical)
         if self.threshold is None or ratio is None:
             return None
         if (ratio > self.threshold) == self.rings:

@@ -49,7 +49,8 @@ TAGS = {
 #: The name of the step's own batch, which a loss on other data cannot have.
 TRAIN = "train"
 
-#: Those that a loss on other data has too, under ``"<tag>/<its name>"``.
+#: Those that a loss on other data has too, under ``"<tag>/<its name>"``, and a part of the model,
+#: under ``"<tag>/part/<its name>"``.
 RELATIVE_TAGS = ("critical-sharpness", "critical-learning-rate", "learning-rate-over-critical")
 
 
@@ -95,6 +96,9 @@ class Measurement:
         batch: which data the loss L is of: ``train``, the step's own batch, or the name of other
             data. There η_c and λ_c are the relative ones of Def. 4.1, of L along the update that
             the step's own batch has made: η_c^{1→2} = min{η > 0 : L₁(θ − ηΔθ₂) > L₁(θ)}.
+        part: of which part P of the model the update was followed alone, the rest staying at θ:
+            η_c^P = min{η > 0 : L(θ − ηΔθ_P) > L(θ)} (:mod:`megatron_sharpness.core.parts`), with
+            the slope ⟨g, Δθ_P⟩ and the norm ‖Δθ_P‖₂. None is the whole model.
         status: how the measurement ended, see :data:`Status`.
         non_monotone: whether the loss crossed L(θ) more than once along the line.
         noise: root-mean-square error of one loss, in nats: of rounding the weights to the precision
@@ -133,11 +137,17 @@ class Measurement:
     noise: float | None = None
     replay_error: float | None = None
     self_tested: str | None = None
+    part: str | None = None
     reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What :class:`Records` calls it: the data, or ``part/NAME``."""
+        return self.batch if self.part is None else f"part/{self.part}"
 
     def without_number(self, reason: str) -> Measurement:
         """The record of a measurement that is not to be trusted, with what was known before it."""
-        kept = ("iteration", "consumed_samples", "lr", "batch", "seconds", "evaluations")
+        kept = ("iteration", "consumed_samples", "lr", "batch", "part", "seconds", "evaluations")
         values = {name: getattr(self, name) for name in kept}
         return Measurement(**values, status="failed", reason=reason)
 
@@ -151,20 +161,21 @@ class Measurement:
     def scalars(self) -> dict[str, float]:
         """Tag → value of what a logger can draw; what was not measured is left out."""
         values = {tag: _finite(getattr(self, field)) for tag, field in TAGS.items()}
-        if self.batch != TRAIN:
-            values = {f"{tag}/{self.batch}": values[tag] for tag in RELATIVE_TAGS}
+        if self.name != TRAIN:
+            values = {f"{tag}/{self.name}": values[tag] for tag in RELATIVE_TAGS}
         return {tag: float(value) for tag, value in values.items() if value is not None}
 
 
 class Records(Mapping[str, Measurement]):
-    """What was measured of one step: the records by name of the data, the step's own batch first.
+    """What was measured of one step: the records by :attr:`Measurement.name`, the step's own batch
+    first.
 
     Args:
-        measurements: one of the step's own batch, and those of other data.
+        measurements: one of the step's own batch, and those of other data and of parts.
     """
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
-        self._named = {measurement.batch: measurement for measurement in measurements}
+        self._named = {measurement.name: measurement for measurement in measurements}
 
     def __getitem__(self, name: str) -> Measurement:
         return self._named[name]
@@ -201,6 +212,14 @@ def edge_of_stability(lr: float, weight_decay: float) -> float:
 def edge_of_stability_preconditioned(lr: float, weight_decay: float, beta1: float) -> float:
     """(2/η − γ)(1 + β₁)/(1 − β₁): the line for the pre-conditioned Hessian (Result 3.1)."""
     return edge_of_stability(lr, weight_decay) * (1.0 + beta1) / (1.0 - beta1)
+
+
+def rate_over_critical(status: str, lr_over_critical: float | None) -> float | None:
+    """η/η_c of a record, in [0, ∞]: 0 where the loss never rises along the update, ∞ where it rises
+    from the start or is not finite. None where that was not measured.
+    """
+    endings = {"not_descent": math.inf, "no_lower": math.inf, "non_finite": math.inf}
+    return {"no_upper": 0.0, **endings}.get(status, lr_over_critical)
 
 
 def relative_sharpness(

@@ -7,6 +7,7 @@ every rank runs the same meter on the same numbers and so takes the same decisio
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +19,20 @@ from megatron_sharpness.core.alarm import Alarm, AlarmBell
 from megatron_sharpness.core.checks import Ending, WrongLoss, disturbed
 from megatron_sharpness.core.errors import ProbeError, reason_of
 from megatron_sharpness.core.measurement import TRAIN, Measurement, Records
-from megatron_sharpness.core.search import find_critical_lr, find_critical_lrs, first_probe
+from megatron_sharpness.core.search import (
+    SearchResult,
+    find_critical_lr,
+    find_critical_lrs,
+    first_probe,
+)
 from megatron_sharpness.core.self_test import SelfTest
 from megatron_sharpness.core.settings import Settings
-from megatron_sharpness.core.step import LossAt, LossesAt, Step
+from megatron_sharpness.core.step import LossAt, LossesAt, PartLossAt, Step
+
+#: How far the update of a part is followed, in learning rates of the step or in η_c of the whole,
+#: whichever is larger: where nothing rises up to there, the part limits nothing. Weights before a
+#: normalization may grow without end, and in fp32 what is found then is rounding.
+FARTHEST = 1000.0
 
 
 class Sink(Protocol):
@@ -80,8 +91,10 @@ class Meter:
         loss_at: LossAt,
         others: Iterable[str] = (),
         losses_at: LossesAt | None = None,
+        part_loss_at: PartLossAt | None = None,
     ) -> Records:
-        """Find η_c of ``step``, and then η_c^{1→2} of losses on other data along its update.
+        """Find η_c of ``step``, then η_c^P of its parts, and then η_c^{1→2} of losses on other data
+        along its update.
 
         The first measurement of a run tests what is evaluated, as
         :mod:`megatron_sharpness.core.self_test` says. From then on the training loss, where it is
@@ -94,6 +107,8 @@ class Meter:
             loss_at: what evaluates the loss of its own batch.
             others: names of the losses on other data, each the ``batch`` of its record.
             losses_at: what evaluates some of them at one η.
+            part_loss_at: what evaluates the loss of the step's own batch along the update of a
+                part alone, by its name.
 
         Returns:
             The records, for :meth:`write`. The ``seconds`` of those on other data are of all
@@ -102,6 +117,10 @@ class Meter:
         step = self._with_slope_that_agrees(step)
         train = self._unmeasured(step, TRAIN) or self._measured(step, loss_at)
         measured = [replace(train, seconds=time.perf_counter() - step.started)]
+        if part_loss_at is not None:
+            measured += [
+                self._of_part(part, train, partial(part_loss_at, part.part)) for part in step.parts
+            ]
         if losses_at is not None and (names := list(others)):
             measured += self._on_other_data(self._with_slope_that_agrees(step), names, losses_at)
         return Records(measured)
@@ -172,17 +191,8 @@ class Meter:
             loss = self._loss_at_start(step, loss_alone)
             noise = self.test.noise(step, TRAIN, loss)
             record = replace(record, loss=loss, noise=noise, replay_error=self.test.replay_error)
-            search = find_critical_lr(
-                loss_alone,
-                loss=loss,
-                guess=self._guess(step, TRAIN),
-                slope=step.slope,
-                noise=noise,
-                resolution=step.resolution,
-                tolerance=self.settings.tolerance,
-                method=self.settings.method,
-                max_evaluations=self.settings.max_evaluations,
-            )
+            guess = self._guess(step, TRAIN)
+            search = self._search(step, loss_alone, loss=loss, guess=guess, noise=noise)
             record = replace(record, tokens=tokens, evaluations=search.evaluations)
             self.test.check_moves(step, search, loss, noise)
             read = step.read(record, search)
@@ -194,6 +204,58 @@ class Meter:
             return replace(record, reason=reason, replay_error=self.test.replay_error)
         self._remember(found)
         return found
+
+    def _of_part(self, step: Step, train: Measurement, loss_at: LossAt) -> Measurement:
+        """:meth:`_measured` along the update of a part, once the whole was measured: ``train``."""
+        started = time.perf_counter()
+        record = replace(step.blank(TRAIN), loss=train.loss, tokens=train.tokens)
+        if not train.evaluations or train.loss is None or train.status == "failed":
+            return replace(record, status=train.status, reason=train.reason)
+        if not step.update_norm:
+            return replace(record, status="zero_lr", reason="the step has not moved this part")
+        step = self._with_slope_that_agrees(step)
+        noise = self.test.noise(step, TRAIN, train.loss)
+        record = replace(record, noise=noise)
+        guess = self.guesses.get(record.name) or self._guess(step, TRAIN)
+        try:
+            search = self._search(
+                step,
+                lambda eta: loss_at(eta)[0],
+                loss=train.loss,
+                guess=guess,
+                noise=noise,
+                farthest=FARTHEST * max(step.lr, train.critical_lr or 0.0),
+            )
+        except Exception as error:  # whatever it is, the run goes on
+            return replace(record, reason=reason_of(error))
+        record = step.read(replace(record, evaluations=search.evaluations), search)
+        self._remember(record)
+        if record.status == "no_upper" and record.critical_lr_lower is not None:
+            self.guesses[record.name] = record.critical_lr_lower  # where one look will be enough
+        return replace(record, seconds=time.perf_counter() - started)
+
+    def _search(
+        self,
+        step: Step,
+        loss_at: Callable[[float], float],
+        *,
+        loss: float,
+        guess: float,
+        noise: float,
+        farthest: float = math.inf,
+    ) -> SearchResult:
+        return find_critical_lr(
+            loss_at,
+            loss=loss,
+            guess=guess,
+            slope=step.slope,
+            noise=noise,
+            resolution=step.resolution,
+            tolerance=self.settings.tolerance,
+            method=self.settings.method,
+            max_evaluations=self.settings.max_evaluations,
+            farthest=farthest,
+        )
 
     def _loss_at_start(self, step: Step, loss_at: Callable[[float], float]) -> float:
         if self.self_tested:
@@ -274,7 +336,7 @@ class Meter:
     def _remember(self, record: Measurement) -> None:
         """Where the next search begins."""
         if record.critical_lr is not None:
-            self.guesses[record.batch] = record.critical_lr
+            self.guesses[record.name] = record.critical_lr
 
     def _unmeasured(self, step: Step, name: str) -> Measurement | None:
         """The record where there is no update to go along, or no more measuring."""

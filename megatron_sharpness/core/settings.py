@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.measurement import TRAIN
+from megatron_sharpness.core.parts import check_parts
 from megatron_sharpness.core.search import Method
 
 
@@ -28,6 +29,10 @@ class Settings:
         on_error: what a failed measurement does to the run.
         watch: which measurements are watched, whether they leave everything that training reads
             later as it was: the ``first`` of a run, or ``always``.
+        parts: which parts of the model are measured by themselves, too: ``modules``, ``groups`` or
+            ``layers``, or regular expressions of parameters' names, by name of the part
+            (:mod:`megatron_sharpness.core.parts`).
+        parts_every: their interval in iterations, a multiple of ``every``; that itself if None.
         alarm: η/η_c above which the alarm rings; None never.
         alarm_after: how many measurements in a row it takes to begin, and to end.
         alarm_every: interval in iterations while it rings; ``every`` if None.
@@ -45,6 +50,8 @@ class Settings:
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
     watch: Literal["first", "always"] = "first"
+    parts: str | Mapping[str, str] | None = None
+    parts_every: int | None = None
     alarm: float | None = None
     alarm_after: int = 3
     alarm_every: int | None = None
@@ -86,7 +93,26 @@ class Settings:
             raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
         if self.watch not in ("first", "always"):
             raise SettingError("watch", self.watch, "give 'first' or 'always'")
+        self._check_parts()
         self._check_alarm()
+
+    def _check_parts(self) -> None:
+        if self.parts is not None:
+            check_parts(self.parts)
+        interval = self.parts_every
+        if interval is None:
+            return
+        if self.parts is None:
+            raise SettingError(
+                "parts_every", interval, "there are no parts; give parts, or leave this out"
+            )
+        if not _is_count(interval) or interval < 1 or interval % max(1, self.every):
+            raise SettingError(
+                "parts_every",
+                interval,
+                f"an interval in iterations, and a multiple of the {self.every} between "
+                f"measurements; give {10 * self.every}, or leave it out",
+            )
 
     def _check_alarm(self) -> None:
         if self.alarm is not None and not 0.0 < self.alarm < math.inf:
@@ -131,6 +157,12 @@ class Settings:
                 f"takes {', '.join(names)}"
             )
         return cls(**given)
+
+    def due_parts(self, iteration: int) -> bool:
+        """Whether the parts are measured, too, at an iteration that is measured."""
+        if self.parts is None or not self.every:
+            return False
+        return iteration % (self.parts_every or self.every) == 0
 
     def due(self, iteration: int, *, alarmed: bool = False) -> bool:
         """Whether the interval divides ``iteration``, or the closer one of an alarm."""

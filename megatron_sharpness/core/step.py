@@ -23,6 +23,10 @@ LossAt = Callable[[float], tuple[float, int]]
 LossesAt = Callable[[float, Sequence[str]], Mapping[str, tuple[float, int]]]
 
 
+#: The same as :data:`LossAt` along the update of one part alone, by its name.
+PartLossAt = Callable[[str, float], tuple[float, int]]
+
+
 @dataclass(frozen=True)
 class Step:
     """An optimizer step that has been made, and whose update is to be measured.
@@ -38,6 +42,9 @@ class Step:
         skipped: why there is no update to measure, or not yet, if so.
         failed: why the step could not be observed, if so.
         started: ``time.perf_counter()`` when the measurement began.
+        part: whose update alone this is, the whole model's if empty. Then ``slope``, ``noise``,
+            ``resolution`` and ``update_norm`` are of that.
+        parts: the step again for each part that is to be measured.
 
     The other fields are those of :class:`~megatron_sharpness.core.measurement.Measurement`.
     """
@@ -58,6 +65,8 @@ class Step:
     skipped: str | None = None
     failed: str | None = None
     started: float = field(default_factory=time.perf_counter)
+    part: str = ""
+    parts: Sequence[Step] = ()
 
     def blank(self, name: str) -> Measurement:
         """The record of a step before anything was evaluated."""
@@ -66,6 +75,7 @@ class Step:
             consumed_samples=self.consumed_samples,
             lr=self.lr,
             batch=name,
+            part=self.part or None,
             status="failed",
             slope=self.slope if name == TRAIN else None,
             update_norm=self.update_norm,

@@ -65,6 +65,9 @@ class UpdateLine:
         offload: keep the copies on the host, in pinned memory where there is a GPU.
         clipped: whether training changes model and main parameters, each by itself, after the step
             and before the line is left. Then call :meth:`keep` once it has.
+
+    Attributes:
+        parts: the numbers of the parts of the model that each shard is of, in their order.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class UpdateLine:
         self.shards = shards
         self.offload = offload
         self.clipped = clipped
+        self.parts: Sequence[Sequence[int]] = [()] * len(shards)
         self._starts: list[Tensor] = []
         self._ends: list[Tensor] = []
         #: At θ_t and θ_{t+1} the model's own bits of the shards that are not rounded main ones.
@@ -106,28 +110,38 @@ class UpdateLine:
         self._bits[1.0] = self._model_bits()
 
     @torch.no_grad()
-    def move(self, fraction: float) -> None:
+    def move(self, fraction: float, part: int | None = None) -> None:
         """Write θ_t + fraction·(θ_{t+1} − θ_t) into the model; 0 and 1 are exact copies.
 
         The sum is taken in the main parameters' precision and rounded once. Adding to bf16 weights
         in place would lose the small updates.
+
+        Args:
+            fraction: of the update.
+            part: the number of the part that is moved; what is of others is at θ_t.
         """
-        bits = self._bits.get(fraction, [None] * len(self.shards))
-        for shard, start, end, own in zip(self.shards, self._starts, self._ends, bits, strict=True):
-            if own is not None:
-                shard.model.copy_(own, non_blocking=True)
-                continue
-            if fraction in (0.0, 1.0):
-                exact = end if fraction else start
-                shard.model.copy_(exact.view_as(shard.model), non_blocking=True)
-                continue
-            device = shard.model.device
-            for a, b, point in _chunks(start, end, shard.model):
-                a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
-                if point.dtype == a.dtype:
-                    torch.lerp(a, b, fraction, out=point)
-                else:
-                    point.copy_(torch.lerp(a, b, fraction))
+        for number in range(len(self.shards)):
+            moves = part is None or part in self.parts[number]
+            self._write(number, fraction if moves else 0.0)
+
+    def _write(self, number: int, fraction: float) -> None:
+        """One shard's :meth:`move`."""
+        shard, start, end = self.shards[number], self._starts[number], self._ends[number]
+        own = self._bits[fraction][number] if fraction in self._bits else None
+        if own is not None:
+            shard.model.copy_(own, non_blocking=True)
+            return
+        if fraction in (0.0, 1.0):
+            exact = end if fraction else start
+            shard.model.copy_(exact.view_as(shard.model), non_blocking=True)
+            return
+        device = shard.model.device
+        for a, b, point in _chunks(start, end, shard.model):
+            a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
+            if point.dtype == a.dtype:
+                torch.lerp(a, b, fraction, out=point)
+            else:
+                point.copy_(torch.lerp(a, b, fraction))
 
     @torch.no_grad()
     def keep(self) -> None:
@@ -156,17 +170,18 @@ class UpdateLine:
     def products(
         self, gradients: Iterable[Tensor | None], total: Tensor, read_in: torch.dtype | None = None
     ) -> None:
-        """Add the :class:`~megatron_sharpness.core.products.StepProducts` of the shards that count.
+        """Add the :class:`~megatron_sharpness.core.products.StepProducts` of the shards that count,
+        to those of the whole model, and to those of each part that a shard is of.
 
         Args:
             gradients: for each shard the gradient that the step used, of the elements of
                 ``Shard.main``, or None where there is none.
-            total: what they are added to, field by field; fp64.
+            total: what they are added to, field by field; fp64, [1 + parts, fields].
             read_in: the type that the forward pass casts weights to, where it is coarser than the
                 model's.
         """
-        for shard, start, end, grad in zip(
-            self.shards, self._starts, self._ends, gradients, strict=True
+        for shard, start, end, parts, grad in zip(
+            self.shards, self._starts, self._ends, self.parts, gradients, strict=True
         ):
             if not shard.counted:
                 continue
@@ -174,11 +189,14 @@ class UpdateLine:
             precision = torch.promote_types(start.dtype, torch.float32)
             types = [shard.model.dtype] if read_in is None else [shard.model.dtype, read_in]
             coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+            rows = [0, *(1 + part for part in parts)]
             for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
                 weights = a.to(device, precision)
                 update = weights - b.to(device, precision)
                 gradient = g[0].to(device, precision) if g else None
-                total += product_sums(weights, update, gradient, coarsest).to(total.device)
+                sums = product_sums(weights, update, gradient, coarsest).to(total.device)
+                for row in rows:
+                    total[row] += sums
 
     def _values(self, shard: Shard) -> Tensor:
         """A copy of the main parameters."""

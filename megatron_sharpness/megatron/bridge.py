@@ -25,6 +25,7 @@ try:
     from megatron.core.timers import Timers
     from megatron.core.utils import get_model_config
 
+    from megatron_sharpness.megatron.parts import PartsOfModel
     from megatron_sharpness.megatron.quiet import quiet
     from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
     from megatron_sharpness.megatron.step import ObservedStep
@@ -79,6 +80,7 @@ class CriticalSharpnessCallback(Callback):
         self._schedule: Any = None
         self._recording: RecordingSchedule | None = None
         self._observed: ObservedStep | None = None
+        self._parts: PartsOfModel | None = None
         self._watching = contextlib.ExitStack()
         if every:
             self._stand_in_for_schedule()
@@ -112,6 +114,8 @@ class CriticalSharpnessCallback(Callback):
                 "out of MegatronMIMO's and DistTrain's loops."
             )
         refuse_unsupported(_options(context), self_tests=False)
+        if (parts := self._settings.parts) is not None:
+            self._parts = PartsOfModel(parts, context.model, context.optimizer)
         self._meter = Meter(self._settings, warn=lambda message: None)
         self._meter.load_state_dict(
             _StateLines.read(state.cfg.checkpoint.load, state.train_state.step)
@@ -123,8 +127,13 @@ class CriticalSharpnessCallback(Callback):
     def on_train_step_start(self, context: CallbackContext) -> None:
         if self._meter.due(context.state.train_state.step + 1):
             self._recording = RecordingSchedule(self._schedule, context.model)
+            iteration = context.state.train_state.step + 1
             self._observed = ObservedStep(
-                context.optimizer, context.model, _options(context), offload=self._offload
+                context.optimizer,
+                context.model,
+                _options(context),
+                offload=self._offload,
+                parts=self._parts if self._settings.due_parts(iteration) else None,
             )
             self._watching.enter_context(self._observed.watching())
 

@@ -29,18 +29,21 @@ from megatron.training import (
 
 from megatron_sharpness.adaptive_mix.adaptive import AdaptiveMix
 from megatron_sharpness.arguments import (
+    as_flag,
     check_evaluation,
     check_log_is_writable,
     interleaved_group,
     log_path,
     settings_of,
 )
+from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.frozen import FrozenRun
 from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import graphs
+from megatron_sharpness.megatron.parts import PartsOfModel
 from megatron_sharpness.megatron.quiet import quiet
 from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting
 from megatron_sharpness.megatron.shards import trained_tensors
@@ -95,6 +98,7 @@ class MeasuredTrainStep:
         self._sources = sources
         self._others: list[EvaluationSet] | None = None
         self._meter: Meter | None = None
+        self._parts: PartsOfModel | None = None
         #: A mix of data that follows the measurements, where the script has one.
         self.mix: AdaptiveMix | None = None
 
@@ -105,14 +109,17 @@ class MeasuredTrainStep:
         due = self.meter.due(iteration) and iteration > (self._frozen or 0)
         call = self._signature.bind(*args, **kwargs)
         graphs.note_losses(call.arguments["forward_backward_func"], noting)  # before it is captured
+        model, optimizer = call.arguments["model"], call.arguments["optimizer"]
+        if self._parts is None and self._settings.parts is not None:  # before the first step
+            self._parts = _parts_of(self._settings.parts, model, optimizer)
         if not due and self._frozen is None:
             return self._train_step(*args, **kwargs)
-        model, optimizer = call.arguments["model"], call.arguments["optimizer"]
         if self._frozen is not None and self._frozen_run is None:
             self._frozen_run = FrozenRun(partial(trained_tensors, model, optimizer))
         schedule = RecordingSchedule(call.arguments["forward_backward_func"], model)
         call.arguments["forward_backward_func"] = schedule
-        observed = ObservedStep(optimizer, model, get_args(), offload=self._offload)
+        parts = self._parts if self._settings.due_parts(iteration) else None
+        observed = ObservedStep(optimizer, model, get_args(), offload=self._offload, parts=parts)
         with observed.watching():
             result = self._train_step(*call.args, **call.kwargs)
         if observed.happened and due:
@@ -201,6 +208,13 @@ def _evaluation_set(name: str, path: Path) -> EvaluationSet:
         end=tokenizer.eod,
         vocabulary=args.padded_vocab_size,
     )
+
+
+def _parts_of(chosen: str | Mapping[str, str], model: Any, optimizer: Any) -> PartsOfModel:
+    try:
+        return PartsOfModel(chosen, model, optimizer)
+    except SettingError as error:
+        raise as_flag(error) from None
 
 
 def _sinks() -> list[Sink]:

@@ -12,6 +12,7 @@ from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.core.watch import Checksums
 from megatron_sharpness.megatron import engine
+from megatron_sharpness.megatron.parts import PartsOfModel
 from megatron_sharpness.megatron.shards import Leaf, gathers_of, leaves_of
 
 
@@ -24,15 +25,23 @@ class MegatronLine:
         offload: keep the copies in host memory.
         clipped: whether the step's weights are changed once more, which is no part of the update
             (``--qk-clip``): they are left so in the end.
+        parts: of the model, that can be moved alone.
     """
 
     def __init__(
-        self, model: Sequence[Any], optimizer: Any, *, offload: bool, clipped: bool = False
+        self,
+        model: Sequence[Any],
+        optimizer: Any,
+        *,
+        offload: bool,
+        clipped: bool = False,
+        parts: PartsOfModel | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.offload = offload
         self.clipped = clipped
+        self.parts = parts
         self.lines: list[tuple[UpdateLine, Leaf]] = []
         self.gathers = gathers_of(model, optimizer)
         self.is_open = False
@@ -70,6 +79,8 @@ class MegatronLine:
         """Take θ_{t+1}, and the gathers that the next forward pass would have waited for."""
         for line, leaf in self.lines:
             line.end(leaf.shards())  # a step may put tensors in others' places
+            if self.parts is not None:
+                line.parts = self.parts.of_shards(leaf)
         self.is_open = True
         self.gathers.settle()
 
@@ -78,10 +89,11 @@ class MegatronLine:
         for line, _ in self.lines:
             line.keep()
 
-    def move(self, fraction: float) -> None:
-        """Write this rank's shards of θ(fraction). The gathers must follow on all ranks."""
+    def move(self, fraction: float, part: int | None = None) -> None:
+        """Write this rank's shards of θ(fraction), or of that in one part and of θ_t elsewhere. The
+        gathers must follow on all ranks."""
         for line, _ in self.lines:
-            line.move(fraction)
+            line.move(fraction, part)
 
     def restore(self, *, frozen: bool = False) -> None:
         """θ_{t+1} back into the model, or what was kept, and Megatron's account of its gathers.
@@ -107,7 +119,8 @@ class MegatronLine:
         self.lines = []
 
     def products(self, clip: float) -> Tensor:
-        """The fields of :class:`StepProducts` over all ranks; fp64.
+        """The fields of :class:`StepProducts` over all ranks, of the whole model and of each part;
+        fp64, [1 + parts, fields].
 
         g is the main gradient that the step has used, clipped as it was. Summed as Megatron sums
         the gradient norm: each optimizer over its own groups of ranks.
@@ -116,7 +129,8 @@ class MegatronLine:
             clip: what Megatron has multiplied the gradients by.
         """
         device = torch.cuda.current_device()
-        total = torch.zeros(StepProducts.COUNT, dtype=torch.float64, device=device)
+        rows = 1 + (len(self.parts.names) if self.parts is not None else 0)
+        total = torch.zeros(rows, StepProducts.COUNT, dtype=torch.float64, device=device)
         for line, leaf in self.lines:
             partial = torch.zeros_like(total)
             line.products(leaf.gradients(clip), partial, engine.weights_type(self.model))

@@ -23,6 +23,7 @@ from megatron_sharpness.core.watch import Checksums, Watch
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import engine
 from megatron_sharpness.megatron.line import MegatronLine
+from megatron_sharpness.megatron.parts import PartsOfModel
 from megatron_sharpness.megatron.replay import (
     Loss,
     MicroBatches,
@@ -50,13 +51,23 @@ class ObservedStep:
         options: what has ``optimizer``, ``adam_beta1`` and ``clip_grad``: an ``OptimizerConfig``,
             or Megatron's arguments.
         offload: keep the copies of the parameters in host memory.
+        parts: of the model, that are to be measured by themselves, too.
     """
 
-    def __init__(self, optimizer: Any, model: Any, options: Any, *, offload: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        model: Any,
+        options: Any,
+        *,
+        offload: bool,
+        parts: PartsOfModel | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.options = options
         clipped = bool(getattr(options, "qk_clip", False))
-        self.line = MegatronLine(model, optimizer, offload=offload, clipped=clipped)
+        self.line = MegatronLine(model, optimizer, offload=offload, clipped=clipped, parts=parts)
+        self._parts = parts.names if parts is not None else ()
         self.happened = False
         self._rates = (-1.0, -1.0)
         self._outcome: tuple[bool, float | None] = (False, None)
@@ -139,13 +150,16 @@ class ObservedStep:
             found = self._probe(eta / step.lr, passes, reduce)
             return dict(zip(names, found, strict=True))
 
-        def loss_at(eta: float) -> tuple[float, int]:
+        def loss_at(eta: float, part: int | None = None) -> tuple[float, int]:
             reduce = partial(schedule.reduce, per_token=schedule.per_token)
-            return self._probe(eta / step.lr, [schedule.replay], reduce)[0]
+            return self._probe(eta / step.lr, [schedule.replay], reduce, part)[0]
+
+        def part_loss_at(part: str, eta: float) -> tuple[float, int]:
+            return loss_at(eta, self._parts.index(part))
 
         try:
             names = [samples.name for samples in others]
-            return meter.measure(step, loss_at, names, losses_at)
+            return meter.measure(step, loss_at, names, losses_at, part_loss_at)
         finally:
             self.line.restore(frozen=frozen)
 
@@ -219,20 +233,27 @@ class ObservedStep:
         clip = self._clip_coefficient(grad_norm)
         sums = self.line.products(clip)
         # The norm, too, may differ between ranks in its last bits, and with it all that follows.
-        sums = torch.cat((sums, sums.new_tensor([clip])))
-        dist.broadcast(sums, src=0)
-        *fields, clip = sums.tolist()
-        products = StepProducts(*fields)
-        return dataclasses.replace(
-            seen,
-            trained=trained,
-            training_loss=loss if trained else None,
-            terms=schedule.terms,
-            slope=products.decrease / lr / clip,
-            noise=products.noise(clip),
-            resolution=products.resolution(lr),
-            update_norm=math.sqrt(products.squared_update) / lr,
-        )
+        agreed = torch.cat((sums.flatten(), sums.new_tensor([clip])))
+        dist.broadcast(agreed, src=0)
+        clip = agreed[-1].item()
+
+        def along(row: list[float], part: str = "") -> Step:
+            products = StepProducts(*row)
+            return dataclasses.replace(
+                seen,
+                trained=trained,
+                training_loss=loss if trained else None,
+                terms=schedule.terms,
+                slope=products.decrease / lr / clip,
+                noise=products.noise(clip),
+                resolution=products.resolution(lr),
+                update_norm=math.sqrt(products.squared_update) / lr,
+                part=part,
+            )
+
+        whole, *rows = agreed[:-1].view_as(sums).tolist()
+        parts = [along(*found) for found in zip(rows, self._parts, strict=True)]
+        return dataclasses.replace(along(whole), parts=parts)
 
     def _end(self) -> None:
         """Take θ_{t+1}, once, where the weights are what the step has left.
@@ -267,8 +288,10 @@ class ObservedStep:
         fraction: float,
         passes: Sequence[Callable[[], list[Loss]]],
         reduce: Callable[..., tuple[float, int]],
+        part: int | None = None,
     ) -> list[tuple[float, int]]:
-        """The loss of each forward pass at θ_t + fraction·(θ_{t+1} − θ_t), and its tokens.
+        """The loss of each forward pass at θ_t + fraction·(θ_{t+1} − θ_t), and its tokens; or where
+        one part of the model is there, and the others at θ_t.
 
         They are the same numbers on every rank. One that could not write its weights makes the
         collectives that the others wait in all the same, and says so in the reduction of the loss.
@@ -276,7 +299,7 @@ class ObservedStep:
         """
         error: Exception | None = None
         try:
-            self.line.move(fraction)
+            self.line.move(fraction, part)
         except Exception as caught:
             error = caught
         written = self.line.weights() if self._verifies and error is None else None

@@ -18,6 +18,7 @@ from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.pytorch.losses import Evaluate, LossSum
+from megatron_sharpness.pytorch.parts import PartsOfModel
 from megatron_sharpness.pytorch.step import ObservedStep
 from megatron_sharpness.pytorch.support import (
     inner_optimizer,
@@ -102,6 +103,8 @@ class CriticalSharpness:
         writes = not dist.is_initialized() or dist.get_rank() == 0
         self._warn: Callable[[str], object] = warnings.warn if writes else lambda message: None
         self._meter = Meter(self._settings, sinks if writes else (), self._warn)
+        parts = self._settings.parts
+        self._parts = None if parts is None else PartsOfModel(parts, model, optimizers)
         self._previous: int | None = None
         self._stride = 1
         self._told = False
@@ -230,11 +233,15 @@ class CriticalSharpness:
             if not measures:
                 return None
             seen = observed.agree(step, trained=self._mode == "train", **given)
+            def part_loss_at(part: str, learning_rate: float) -> tuple[float, int]:
+                return loss_at(learning_rate / seen.lr, part)
+
             records = meter.measure(
                 seen,
                 lambda learning_rate: loss_at(learning_rate / seen.lr),
                 self._losses,
                 lambda learning_rate, names: losses_at(learning_rate / seen.lr, names),
+                part_loss_at if self._settings.due_parts(step) else None,
             )
             train = records.train
             if train.evaluations and (reason := observed.check_draws(seen, loss_at)) is not None:
@@ -264,7 +271,13 @@ class CriticalSharpness:
         return self._frozen is not None or self._meter.due(step)
 
     def _observe(self) -> ObservedStep:
-        return ObservedStep(self._model, self._optimizers, keep=self._keep, offload=self._offload)
+        return ObservedStep(
+            self._model,
+            self._optimizers,
+            keep=self._keep,
+            offload=self._offload,
+            parts=self._parts,
+        )
 
 
 #: Why nothing is measured under DDP's join.

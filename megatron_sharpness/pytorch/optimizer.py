@@ -13,6 +13,7 @@ from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.core.watch import Checksums
+from megatron_sharpness.pytorch.parts import PartsOfModel
 from megatron_sharpness.pytorch.shards import FullyShardedModules, local, shards_of
 
 
@@ -30,7 +31,8 @@ class ObservedOptimizer:
         error: what went wrong while watching.
         lr: the largest learning rate of its parameter groups, as the step used it.
         weight_decay: the largest weight decay.
-        products: this rank's part of :class:`StepProducts`; fp64.
+        products: this rank's part of :class:`StepProducts`, of the whole and of each part of the
+            model; fp64, [1 + parts, fields].
         slope_known: whether they hold the gradient at θ_t of all parameters.
         shards: the parameters that it steps on this rank.
 
@@ -39,6 +41,7 @@ class ObservedOptimizer:
         read_in: gives, once the forward passes are over, the narrowest type that they read weights
             in.
         offload: keep the copies in host memory.
+        parts: of the model.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class ObservedOptimizer:
         read_in: Callable[[], torch.dtype | None],
         *,
         offload: bool,
+        parts: PartsOfModel | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.shards = shards_of(optimizer)
@@ -55,7 +59,9 @@ class ObservedOptimizer:
         self.error: Exception | None = None
         self.lr = 0.0
         self.weight_decay = 0.0
-        self.products = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
+        self._parts = parts
+        rows = 1 + len(parts.names) if parts else 1
+        self.products = torch.zeros(rows, StepProducts.COUNT, dtype=torch.float64)
         self.slope_known = True
         self._offload = offload
         self._line = UpdateLine([])
@@ -66,9 +72,10 @@ class ObservedOptimizer:
         self._depth = 0  # a step may call that of the class it was derived from
         self._release = on_step(optimizer, self._before, self._after)
 
-    def move(self, fraction: float) -> None:
-        """Write θ_t + fraction·(θ_{t+1} − θ_t) to this rank's shards; nothing without a step."""
-        self._line.move(fraction)
+    def move(self, fraction: float, part: int | None = None) -> None:
+        """Write θ_t + fraction·(θ_{t+1} − θ_t) to this rank's shards, or to those of one part and
+        θ_t to the others; nothing without a step."""
+        self._line.move(fraction, part)
 
     def undo(self) -> None:
         """Write θ_t to what the optimizer steps, too, where forward passes read something else."""
@@ -157,6 +164,8 @@ class ObservedOptimizer:
                 self.slope_known &= self._used == self._gradients()
             if self.error is None:
                 self._line.end(self.shards.shards())
+                if self._parts is not None:
+                    self._line.parts = [self._parts.of(p) for p in self.shards.parameters()]
                 self.products = torch.zeros_like(self.products, device=self._line.device)
                 dense = (None if odd else g for g, odd in zip(gradients, sparse, strict=True))
                 self._line.products(dense, self.products, self._read_in())
@@ -268,11 +277,12 @@ class ModelOnLines:
         self.optimizers = optimizers
         self._modules = FullyShardedModules(model)
 
-    def move(self, fraction: float) -> None:
-        """Write θ(fraction) to this rank's shards. :meth:`sync` must follow on all ranks."""
+    def move(self, fraction: float, part: int | None = None) -> None:
+        """Write θ(fraction) to this rank's shards, or that to one part alone, and θ_t elsewhere.
+        :meth:`sync` must follow on all ranks."""
         for optimizer in self.optimizers:
             optimizer.shards.settle()
-            optimizer.move(fraction)
+            optimizer.move(fraction, part)
 
     def undo(self) -> None:
         """Take the step back, with its optimizers' own copies of the parameters."""

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from megatron_sharpness.pytorch.losses import (
     whole,
 )
 from megatron_sharpness.pytorch.optimizer import ModelOnLines, ObservedOptimizer, largest_rates
+from megatron_sharpness.pytorch.parts import PartsOfModel
 from megatron_sharpness.pytorch.passes import (
     OTHER_DRAWS,
     RecordedPasses,
@@ -40,8 +42,13 @@ from megatron_sharpness.pytorch.passes import (
 from megatron_sharpness.pytorch.shards import local
 from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
 
-#: The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t).
-LossAt = Callable[[float], tuple[float, int]]
+
+class LossAt(Protocol):
+    """The mean loss and the number of tokens of all ranks at θ_t + fraction·(θ_{t+1} − θ_t), or
+    where that is so for one part of the model, and the others are at θ_t."""
+
+    def __call__(self, fraction: float, part: str | None = None) -> tuple[float, int]: ...
+
 
 #: The same of the losses of these names.
 LossesAt = Callable[[float, Sequence[str]], dict[str, tuple[float, int]]]
@@ -67,6 +74,7 @@ class ObservedStep:
         optimizers: all that step its parameters.
         keep: objects beside the model that a forward pass changes, by name.
         offload: keep the copies of the parameters in host memory.
+        parts: of the model, that can be moved alone.
     """
 
     def __init__(
@@ -76,6 +84,7 @@ class ObservedStep:
         *,
         keep: Mapping[str, object],
         offload: bool,
+        parts: PartsOfModel | None = None,
     ) -> None:
         self.error: Exception | None = None
         self.changes: list[str] | None = None
@@ -83,9 +92,10 @@ class ObservedStep:
         self._keep = keep
         self._passes = RecordedPasses(model, keep, lambda: self._is_over)
         self._optimizers = [
-            ObservedOptimizer(entry, lambda: self._passes.read_in, offload=offload)
+            ObservedOptimizer(entry, lambda: self._passes.read_in, offload=offload, parts=parts)
             for entry in optimizers
         ]
+        self._parts = parts.names if parts else ()
         self._now = State({})
         self._loss_given = False
         self._ambiguous = self._strayed = False
@@ -177,7 +187,8 @@ class ObservedStep:
         frozen: bool,
         watched: bool,
     ) -> Iterator[tuple[LossAt, LossesAt]]:
-        """The loss along the update, and those on other data; in the end all is as it was.
+        """The loss along the update, or along that of a part alone, and those on other data; in the
+        end all is as it was.
 
         Args:
             evaluate: the step's own micro-batches through the model.
@@ -199,12 +210,12 @@ class ObservedStep:
             for module, flag in training:
                 module.training = flag and as_trained
 
-        def move(fraction: float) -> Exception | None:
+        def move(fraction: float, part: str | None = None) -> Exception | None:
             nonlocal moved
             moved = True
             error: Exception | None = None
             try:
-                lines.move(fraction)
+                lines.move(fraction, None if part is None else self._parts.index(part))
             except Exception as caught:
                 error = caught
             lines.sync()
@@ -231,8 +242,8 @@ class ObservedStep:
                 evaluate()
             self._passes.choose(replay.calls)
 
-        def loss_at(fraction: float) -> tuple[float, int]:
-            error = move(fraction)
+        def loss_at(fraction: float, part: str | None = None) -> tuple[float, int]:
+            error = move(fraction, part)
             set_modes(as_trained=not eval_mode)
             if self._ambiguous and not eval_mode:
                 count_passes()
@@ -337,7 +348,8 @@ class ObservedStep:
         if failed or skipped or lr == 0.0:
             return seen
         sums = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
-        products = StepProducts(*all_sum(sums, collective_device()).tolist())
+        summed = all_sum(sums.flatten(), collective_device()).view_as(sums)
+        products, *of_parts = (StepProducts(*row) for row in summed.tolist())
         # A fused optimizer under loss scaling decides on the device whether it steps.
         if products.squared_update == 0.0:
             return dataclasses.replace(seen, skipped=NOT_MOVED)
@@ -348,14 +360,21 @@ class ObservedStep:
             training_loss = training_loss_of(loss) if trained else None
         except ProbeError as caught:
             return dataclasses.replace(seen, failed=str(caught))
-        return dataclasses.replace(
-            seen,
-            training_loss=training_loss,
-            slope=None if no_slope else products.decrease / lr / clip if clip else 0.0,
-            noise=products.noise(clip) if clip else 0.0,
-            resolution=products.resolution(lr),
-            update_norm=math.sqrt(products.squared_update) / lr,
-        )
+
+
+        def along(products: StepProducts, part: str = "") -> Step:
+            return dataclasses.replace(
+                seen,
+                training_loss=training_loss,
+                slope=None if no_slope else products.decrease / lr / clip if clip else 0.0,
+                noise=products.noise(clip) if clip else 0.0,
+                resolution=products.resolution(lr),
+                update_norm=math.sqrt(products.squared_update) / lr,
+                part=part,
+            )
+
+        parts = [along(*found) for found in zip(of_parts, self._parts, strict=True)]
+        return dataclasses.replace(along(products), parts=parts)
 
 
 def _beta1(optimizers: Sequence[Optimizer]) -> float | None:

@@ -9,6 +9,7 @@ from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import TRAIN
 from megatron_sharpness.report.events import read_tensorboard, read_tensorboard_beside
 from megatron_sharpness.report.records import (
+    PART,
     Logged,
     Run,
     read_batches,
@@ -125,11 +126,13 @@ def _read_runs(arguments: argparse.Namespace) -> list[Run]:
         file, logged = records_file(path), Logged()
         others = read_batches(file)
         records = others.pop(TRAIN)
+        names = [name for name in others if name.startswith(PART)]
+        parts = {name.removeprefix(PART): others.pop(name) for name in names}
         if arguments.tensorboard_dir is not None:
             logged = read_tensorboard(arguments.tensorboard_dir)
         elif arguments.train_log is not None:
             logged = read_training_log(arguments.train_log)
         elif path.is_dir() and arguments.out:  # else nothing is drawn, and they may be large
             logged = read_tensorboard_beside(file)
-        runs.append(Run(name, records, logged, others))
+        runs.append(Run(name, records, logged, others, parts))
     return runs

@@ -58,12 +58,14 @@ class Run:
         records: its measurements by iteration, as :func:`read_records` returns them.
         logged: loss and learning rate at every logged iteration, where they are known.
         others: the measurements on other data, by its name.
+        parts: the measurements of the updates of parts of the model, by their names.
     """
 
     name: str
     records: list[Record]
     logged: Logged = field(default_factory=Logged)
     others: dict[str, list[Record]] = field(default_factory=dict)
+    parts: dict[str, list[Record]] = field(default_factory=dict)
 
     def curve(self, name: str) -> Curve:
         """``loss`` or ``lr`` as densely as it is known: at the measurements, if no more."""
@@ -118,8 +120,13 @@ def read_records(path: Path) -> list[Record]:
     return read_batches(path)[TRAIN]
 
 
+#: Before the name of a part of the model in what :func:`read_batches` returns.
+PART = "part/"
+
+
 def read_batches(path: Path) -> dict[str, list[Record]]:
-    """The measurements on the training batch, ``train``, and on other data, each by iteration.
+    """The measurements on the training batch, ``train``, on other data, and of parts of the model,
+    each by iteration, under the names that :attr:`Measurement.name` has.
 
     Where a resumed run has measured an iteration again, the later measurement stands.
 
@@ -137,7 +144,9 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
                 f"RUN {path}, line {number}: not a measurement ({error}); delete the line if a "
                 f"killed run cut it short, or {WHERE}"
             ) from None
-        found.setdefault(record.get("batch", TRAIN), {})[record["iteration"]] = record
+        part = record.get("part")
+        name = record.get("batch", TRAIN) if part is None else f"{PART}{part}"
+        found.setdefault(name, {})[record["iteration"]] = record
     if not found[TRAIN]:
         raise InputError(
             f"RUN {path}: holds no measurement; train for more iterations, or measure more often: "

@@ -24,7 +24,7 @@ class ConsoleSink:
 
 def format_line(measurement: Measurement) -> str:
     """`` critical sharpness at iteration 100 | status: found | …``, `` of NAME`` where it is."""
-    of = "" if measurement.batch == TRAIN else f" of {measurement.batch}"
+    of = "" if measurement.name == TRAIN else f" of {measurement.name.replace('/', ' ')}"
     parts = [
         f" critical sharpness{of} at iteration {measurement.iteration:8d}",
         f"status: {measurement.status}",

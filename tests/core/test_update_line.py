@@ -62,8 +62,9 @@ def test_large_shards_are_taken_in_pieces(
     line.end()
     line.move(0.25)
     assert torch.equal(model, torch.lerp(start, main, 0.25).bfloat16())
-    total = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
-    line.products([torch.full(main.shape, 2.0)], total)
+    totals = torch.zeros(1, StepProducts.COUNT, dtype=torch.float64)
+    line.products([torch.full(main.shape, 2.0)], totals)
+    (total,) = totals
     update = (start - main).double()
     # A piece is summed in fp32, and in the first product terms of both signs cancel.
     assert abs(total[0] - 2 * update.sum()) <= 1e-6 * 2 * update.abs().sum()
@@ -84,8 +85,26 @@ def test_products_count_every_parameter_once() -> None:
     for shard in shards:
         shard.main.sub_(2.0)
     line.end()
-    total = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
+    totals = torch.zeros(1, StepProducts.COUNT, dtype=torch.float64)
     three = torch.full((4,), 3.0)
-    line.products([three, three, None], total)
+    line.products([three, three, None], totals)
+    (total,) = totals
     # The third has moved, but has no gradient.
     assert total[:3].tolist() == [24.0, 32.0, 36.0]
+
+
+def test_a_part_moves_alone_and_has_products_of_its_own() -> None:
+    shards = [Shard(main=torch.zeros(2), model=torch.zeros(2)) for _ in range(3)]
+    line = UpdateLine(shards)
+    line.begin()
+    for number, shard in enumerate(shards, 1):
+        shard.main.sub_(float(number))
+    line.end()
+    line.parts = [(0,), (0, 1), ()]
+    for part, moved in ((None, [-0.5, -1.0, -1.5]), (0, [-0.5, -1.0, 0.0]), (1, [0.0, -1.0, 0.0])):
+        line.move(0.5, part)
+        assert [float(shard.model[0]) for shard in shards] == moved
+    totals = torch.zeros(3, StepProducts.COUNT, dtype=torch.float64)
+    line.products([torch.ones(2)] * 3, totals)
+    assert totals[:, 0].tolist() == [12.0, 6.0, 4.0]
+    assert totals[:, 1].tolist() == [28.0, 10.0, 8.0]

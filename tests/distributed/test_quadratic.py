@@ -61,9 +61,10 @@ def measure(rank: int, world: int, layout: str) -> Measurement:
     line.end()
     after = model.clone()
 
-    products = torch.zeros(StepProducts.COUNT, dtype=torch.float64)
-    line.products([gradient], products)
-    dist.all_reduce(products)
+    totals = torch.zeros(1, StepProducts.COUNT, dtype=torch.float64)
+    line.products([gradient], totals)
+    dist.all_reduce(totals)
+    (products,) = totals
 
     def loss_at(eta: float) -> tuple[float, int]:
         line.move(eta / LR)

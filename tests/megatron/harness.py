@@ -71,7 +71,12 @@ class Run:
     @property
     def records(self) -> list[dict[str, Any]]:
         """Those of the step's own batch."""
-        return [record for record in self.all_records if record["batch"] == "train"]
+        return [r for r in self.all_records if r["batch"] == "train" and r["part"] is None]
+
+    @property
+    def part_records(self) -> list[dict[str, Any]]:
+        """Those of the updates of parts of the model."""
+        return [record for record in self.all_records if record["part"] is not None]
 
     @property
     def relative_records(self) -> list[dict[str, Any]]:

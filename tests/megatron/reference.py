@@ -81,6 +81,11 @@ class Reference:
     critical_lr: float
     relative_critical_lr: float
     directional_sharpness: float
+    parts: dict[str, tuple[float, float, float]]  # slope, norm of the update, η_c
+
+
+#: Parts of the model by name, which the flag has too, and what is in their parameters' names.
+PARTS = {"embeddings": "embedding.", "norms": "norm", "late": "layers.3."}
 
 
 def measure(batch: dict[str, Tensor], other: dict[str, Tensor] | None = None) -> Reference:
@@ -102,12 +107,24 @@ def measure(batch: dict[str, Tensor], other: dict[str, Tensor] | None = None) ->
         update[name] = (adam + decay * weight).detach()
     slope = sum(float(torch.sum(gradients[name] * update[name])) for name in weights)
 
-    def along(eta: float, data: dict[str, Tensor] = batch) -> float:
+    def along(eta: float, data: dict[str, Tensor] = batch, part: str = "") -> float:
         with torch.no_grad():
-            moved = {name: weights[name] - eta * update[name] for name in weights}
+            moved = {
+                name: weight - eta * update[name] if part in name else weight
+                for name, weight in weights.items()
+            }
             return float(loss(moved, data))
 
+    parts = {}
+    for part, word in PARTS.items():
+        own = [name for name in weights if word in name]
+        parts[part] = (
+            sum(float(torch.sum(gradients[name] * update[name])) for name in own),
+            math.sqrt(sum(float(torch.sum(update[name] ** 2)) for name in own)),
+            bisect(lambda eta, word=word: along(eta, part=word), start.item()),
+        )
     return Reference(
+        parts=parts,
         loss=float(start),
         slope=slope,
         update_norm=math.sqrt(sum(float(torch.sum(u * u)) for u in update.values())),
@@ -122,6 +139,8 @@ def bisect(along: Callable[[float], float], start: float) -> float:
     upper = LR
     while along(upper) <= start:
         upper *= 2.0
+        if upper > 1e6:  # before a normalization weights may grow without end
+            return math.inf
     while along(upper / 2.0) > start:
         upper /= 2.0
     lower = upper / 2.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sharpness.sweeps.runs import REPORT
-from tests.megatron.harness import MODEL, other_data, run
+from tests.megatron.harness import MODEL, Run, other_data, run
 
 OVERLAP = "--bf16 --overlap-grad-reduce --overlap-param-gather"
 SHARDED = (
@@ -177,8 +177,8 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
     plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
     others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
     measured = run(
-        tmp_path / "measured", f"{flags} {others} --critical-sharpness-watch always",
-        processes=processes, every=2,
+        tmp_path / "measured", f"{flags} {others} --critical-sharpness-watch always "
+        "--critical-sharpness-parts modules", processes=processes, every=2,
     ).expect_success()  # fmt: skip
 
     assert len(plain.hashes) == processes
@@ -193,6 +193,19 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
         assert other["batch"] == "sums"
         answers = ("found", "not_descent", "noise_limited") if own == "found" else (own,)
         assert other["status"] in answers
+    check_parts(measured, statuses)
+
+
+def check_parts(measured: Run, statuses: list[str]) -> None:
+    """Each part of the model has a record at each measurement, and none has failed."""
+    parts = {record["part"] for record in measured.part_records}
+    assert {"embeddings", "norms", "attention"} <= parts and "rest" not in parts
+    assert len(measured.part_records) == len(parts) * len(statuses)
+    for record in measured.part_records:
+        own = statuses[record["iteration"] // 2 - 1]
+        # Weights before a normalization may grow without end.
+        answers = ("found", "not_descent", "noise_limited", "no_upper")
+        assert record["status"] in (answers if own == "found" else (own,)), record
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,31 @@ def expected(alone: Run) -> reference.Reference:
     return reference.measure(batch, other)
 
 
+#: As Megatron's first stage and its last have each a copy of the tied embedding, and as a stage
+#: numbers its layers by itself, parts are wrong first under pipeline parallelism.
+PARTS = "--critical-sharpness-parts " + " ".join(
+    f"{name}={word}" for name, word in reference.PARTS.items()
+)
+
+
+def check_parts(
+    records: list[dict[str, Any]], expected: reference.Reference, *, bisection: bool = False
+) -> None:
+    assert [record["part"] for record in records] == list(expected.parts)
+    for record in records:
+        slope, norm, critical_lr = expected.parts[record["part"]]
+        assert record["slope"] == pytest.approx(slope, rel=1e-3)
+        assert record["update_norm"] == pytest.approx(norm, rel=1e-3)
+        if critical_lr == math.inf:
+            assert record["status"] == "no_upper"
+            continue
+        assert record["status"] == "found", record
+        assert record["critical_lr_lower"] <= critical_lr <= record["critical_lr_upper"]
+        rel = 1 / 32 if bisection else max(2e-3, 2 * record["critical_lr_error"])
+        assert record["critical_lr"] == pytest.approx(critical_lr, rel=rel)
+        assert record["loss"] == pytest.approx(expected.loss, rel=2e-6)
+
+
 RARE = {"cp of four", "cp tp", "cp pp"}
 
 
@@ -83,11 +109,12 @@ def test_critical_lr_is_the_reference_under_every_layout(
     processes, flags = LAYOUTS[layout]
     others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
     result = run(
-        tmp_path, f"{flags} {others}", processes=processes, every=1, model=ONE_STEP,
+        tmp_path, f"{flags} {others} {PARTS}", processes=processes, every=1, model=ONE_STEP,
         environment={"OBSERVED_FAULT": "canonical"},
     ).expect_success()  # fmt: skip
     (record,) = result.records
     (relative,) = result.relative_records
+    check_parts(result.part_records, expected, bisection="bisection" in layout)
 
     assert record["status"] == relative["status"] == "found"
     lower, upper = relative["critical_lr_lower"], relative["critical_lr_upper"]

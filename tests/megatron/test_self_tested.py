@@ -155,11 +155,11 @@ def test_graphs_change_nothing_of_training_and_nothing_of_the_numbers(
 def test_a_graph_of_the_optimizer_leaves_its_gradients_in_the_buffer() -> None:
     main, model = torch.zeros(3), torch.zeros(3)
     buffered = torch.ones(3)
-    stepped = Stepped.of(main, model, buffered)
+    stepped = Stepped.of(main, model, buffered, main)
     assert stepped.gradient is buffered and stepped.clipped  # in place
-    assert not Stepped.of(main, model, buffered.bfloat16()).clipped  # a copy of it was
+    assert not Stepped.of(main, model, buffered.bfloat16(), main).clipped  # a copy of it was
     main.grad = torch.ones(3)
-    stepped = Stepped.of(main, model, buffered)
+    stepped = Stepped.of(main, model, buffered, main)
     assert stepped.gradient is main.grad and stepped.clipped
 
 

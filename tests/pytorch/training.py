@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import sys
@@ -39,6 +40,7 @@ class Trained:
     hashes: dict[str, str]
     records: list[dict[str, Any]]
     others: list[dict[str, Any]]  # of the loss on other data
+    parts: list[dict[str, Any]]  # of the updates of parts of the model
     weights: list[dict[str, Tensor]]  # whole, before each step and after the last
     data_size: int
 
@@ -78,9 +80,10 @@ def train(
     sharpness = None
     if every:
         sharpness = CriticalSharpness(
-            called, optimizers, every, losses={"other": other}, watch="always", **layout.options
-        )
-    losses, records, others, weights = [], [], [], []
+            called, optimizers, every, losses={"other": other}, watch="always", parts="modules",
+            **layout.options,
+        )  # fmt: skip
+    losses, records, others, parts, weights = [], [], [], [], []
     trained: tuple[Tensor, int] = (torch.zeros(()), 0)
     for step in range(steps):
         if keep_weights:
@@ -140,6 +143,7 @@ def train(
             if record is not None:
                 records.append(dataclasses.asdict(record))
                 others.append(dataclasses.asdict(sharpness.records["other"]))
+                parts += [dataclasses.asdict(r) for r in sharpness.records.values() if r.part]
     if keep_weights:
         weights.append(whole_weights(model))
     hashes = {
@@ -157,7 +161,7 @@ def train(
         "scaler": str(scaler.state_dict()),
         "modes": str([module.training for module in called.modules()]),
     }
-    return Trained(hashes, records, others, weights, data_size)
+    return Trained(hashes, records, others, parts, weights, data_size)
 
 
 def device_random_state() -> Tensor:
@@ -185,12 +189,16 @@ def reference(layout: Layout, size: int, weights: list[dict[str, Tensor]], step:
     start, end = ({k: v.double() for k, v in weights[i].items()} for i in (step, step + 1))
     model.train(layout.options.get("mode") != "eval")
 
-    def loss(fraction: Tensor, of: int = step) -> Tensor:
+    def loss(fraction: Tensor, of: int = step, part: str = "") -> Tensor:
         losses, tokens = [], 0
         for rank in range(size):
             passes = (start if of == step else end)["passes"].clone()
             for i in range(layout.micro_batches if of == step else 1):
-                at = {k: torch.lerp(start[k], end[k], fraction) for k in start if k != "passes"}
+                at = {
+                    name: torch.lerp(value, end[name], fraction) if part in part_of(name) else value
+                    for name, value in start.items()
+                    if name != "passes"
+                }
                 total, count = functional_call(
                     Loss(model),
                     {"model." + k: v for k, v in at.items()} | {"model.passes": passes},
@@ -209,17 +217,36 @@ def reference(layout: Layout, size: int, weights: list[dict[str, Tensor]], step:
     at_zero = loss(zero)
     (derivative,) = torch.autograd.grad(at_zero, zero)
     critical = critical_fraction(loss)
+    parts = {}
+    for part in PARTS:
+        (along,) = torch.autograd.grad(loss(zero, part=part), zero)
+        found = critical_fraction(lambda fraction, p=part: loss(fraction, part=p))
+        parts[part] = (-along.item() / lr, found * lr)
     model.eval()
     relative = critical_fraction(lambda fraction: loss(fraction, OTHER))
     norm = sum(float((start[k] - end[k]).square().sum()) for k in start if k != "passes") ** 0.5
     return Reference(
-        at_zero.item(), -derivative.item() / lr, norm / lr, critical * lr, relative * lr
+        at_zero.item(), -derivative.item() / lr, norm / lr, critical * lr, relative * lr, parts
     )
+
+
+#: What ``modules`` makes of this model.
+PARTS = ("norms", "embeddings", "attention", "mlp")
+
+
+def part_of(name: str) -> str:
+    """Written out here, from the model; with the frozen positions in none."""
+    if name.startswith(("embedding.", "head.")):
+        return "embeddings"
+    if "norm" in name:
+        return "norms"
+    return "mlp" if ".up." in name or ".down." in name else "attention" * ("blocks" in name)
 
 
 @torch.no_grad()
 def critical_fraction(loss: Callable[[Tensor], Tensor]) -> float:
-    """The smallest fraction at which the loss is above its start; 0 where it rises at once."""
+    """The smallest fraction at which the loss is above its start; 0 where it rises at once, and
+    infinite where it does not."""
 
     def falls(fraction: float) -> bool:
         return bool(loss(torch.tensor(fraction, dtype=torch.float64)) <= at_zero)
@@ -228,6 +255,8 @@ def critical_fraction(loss: Callable[[Tensor], Tensor]) -> float:
     lower, upper = 0.0, 2.0**-10
     while falls(upper):
         lower, upper = upper, upper * 1.25
+        if upper > 1e5:  # a thousand times η_c, as farther is not looked
+            return math.inf
     for _ in range(30 if lower else 0):
         middle = 0.5 * (lower + upper)
         lower, upper = (middle, upper) if falls(middle) else (lower, middle)
@@ -252,6 +281,7 @@ class Reference:
     update_norm: float
     critical_lr: float
     relative_critical_lr: float
+    parts: dict[str, tuple[float, float]]  # slope and η_c of each
 
 
 def compare(layout: Layout, *, with_reference: bool = True) -> dict[str, Any]:
@@ -270,6 +300,8 @@ def compare(layout: Layout, *, with_reference: bool = True) -> dict[str, Any]:
         "others": on.others,
         "record": next(r for r in measured.records if r["iteration"] == step),
         "other": next(r for r in measured.others if r["iteration"] == step),
+        "parts": [r for r in measured.parts if r["iteration"] == step],
+        "parts while training": on.parts,
         "tokens": sum(
             int(make_batch(step, i, rank)[1].ge(0).sum())
             for i in range(layout.micro_batches)

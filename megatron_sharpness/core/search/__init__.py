@@ -93,6 +93,7 @@ def find_critical_lr(
     tolerance: float | None = None,
     method: Method = "certified",
     max_evaluations: int = 40,
+    farthest: float = math.inf,
 ) -> SearchResult:
     """Bracket the critical learning rate between two evaluated learning rates.
 
@@ -120,14 +121,15 @@ def find_critical_lr(
             that of the method in `TOLERANCES`.
         method: "certified" or "bisection".
         max_evaluations: most calls of `loss_at`.
+        farthest: no η beyond it is evaluated: a loss that has not risen there ends in "no_upper".
 
     Raises:
         ValueError: an argument is outside its range.
     """
     options = _checked(guess, noise, tolerance, method, max_evaluations)
-    start = first_probe(guess, slope, noise, resolution)
+    start = min(first_probe(guess, slope, noise, resolution), farthest)
     search = _STRATEGIES[method](
-        Probes(loss, slope, noise, resolution), start, *options, start == guess
+        Probes(loss, slope, noise, resolution), start, *options, start == guess, farthest=farthest
     )
     while not isinstance(eta := search.ask(), Ending):
         search.tell(eta, loss_at(eta))

@@ -42,6 +42,7 @@ class Strategy(ABC):
         most: evaluations at most.
         guessed: η_c is near `start`, for all that is known.
         may_ascend: without a slope, a loss may also rise from θ on.
+        farthest: no η beyond it is asked for.
         closing: the η asked for is to close the bracket: another one near it does not do as well.
     """
 
@@ -51,6 +52,7 @@ class Strategy(ABC):
     most: int
     guessed: bool = True
     may_ascend: bool = False
+    farthest: float = math.inf
     closing: bool = False
     asked: float | Ending | None = None
 
@@ -96,7 +98,9 @@ class Strategy(ABC):
             return self._between(lower.lr, upper.lr)
         eta = self.outside()
         if not isinstance(eta, Ending):
-            eta = min(max(eta, math.ulp(0.0)), sys.float_info.max)
+            eta = min(max(eta, math.ulp(0.0)), sys.float_info.max, self.farthest)
+        if eta == self.farthest and eta in [probe.lr for probe in self.probes.made]:
+            return Ending("no_upper", f"nothing rises up to η = {eta:.3g}, the farthest asked")
         if eta in [probe.lr for probe in self.probes.made]:
             return Ending("no_lower" if upper else "no_upper", "no float is left")
         return eta

@@ -54,7 +54,7 @@ class Leaf:
                 counted=self._counts(each.parameter),
                 packed=each.packed,
             )
-            for each in self._stepped()
+            for each in self.stepped()
         ]
 
     def gradients(self, clip: float) -> Iterator[Tensor | None]:
@@ -63,7 +63,7 @@ class Leaf:
         Args:
             clip: what Megatron has multiplied the gradients by.
         """
-        for each in self._stepped():
+        for each in self.stepped():
             if each.gradient is None or each.clipped:
                 yield each.gradient
             else:
@@ -76,7 +76,8 @@ class Leaf:
             dist.all_reduce(partial, group=group)
         return partial
 
-    def _stepped(self) -> list[Stepped]:
+    def stepped(self) -> list[Stepped]:
+        """What it steps on this rank."""
         if self.optimizer.is_stub_optimizer:  # this rank has nothing to train
             return []
         return list(self._way.stepped(self.optimizer))

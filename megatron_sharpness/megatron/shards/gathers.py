@@ -20,6 +20,7 @@ class Stepped(NamedTuple):
         gradient: of the same elements, as the step has used it; None where there is none.
         clipped: whether ``gradient`` is what was clipped, and not what it was before.
         packed: what has the elements where ``main`` is but the optimizer's name for them.
+        weight: what the model calls by a name, where that is not ``parameter``.
     """
 
     parameter: Tensor
@@ -28,17 +29,19 @@ class Stepped(NamedTuple):
     gradient: Tensor | None
     clipped: bool = True
     packed: Packed | None = None
+    weight: Tensor | None = None
 
     @classmethod
-    def of(cls, main: Tensor, model: Tensor, buffered: Tensor | None) -> Stepped:
+    def of(cls, main: Tensor, model: Tensor, buffered: Tensor | None, weight: Tensor) -> Stepped:
         """A main parameter whose gradient is ``main.grad``, of what lies in ``buffered``.
 
         A graph of the optimizer's step sets no attributes. It has clipped what lies in the buffer,
         or, where that is in 16 bits, an fp32 copy that nobody has.
         """
         if main.grad is not None or buffered is None:
-            return cls(main, main, model, main.grad)
-        return cls(main, main, model, buffered, clipped=buffered.dtype == main.dtype)
+            return cls(main, main, model, main.grad, weight=weight)
+        clipped = buffered.dtype == main.dtype
+        return cls(main, main, model, buffered, clipped=clipped, weight=weight)
 
 
 class Gathers:

@@ -29,6 +29,7 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
             main=parameter._local_tensor.detach(),
             model=read_by_forward(parameter),
             gradient=None if gradient is None else gradient._local_tensor,
+            weight=parameter.orig_param,
         )
 
 

@@ -32,7 +32,8 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
     ):
         for owners, models in zip(owner_groups, model_groups, strict=True):
             for owner, model in zip(owners, models, strict=True):
-                yield _stepped(inner, owner, parameter_buffers.slice_of_buffer(optimizer, model))
+                held = parameter_buffers.slice_of_buffer(optimizer, model)
+                yield _stepped(inner, owner, held)._replace(weight=model)
 
 
 def _stepped(inner: Any, owner: Tensor, model: Tensor) -> Stepped:

@@ -18,12 +18,13 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
     """Main parameters, and where the forward pass reads them."""
     if not hasattr(optimizer, "float16_groups"):
         for parameter in optimizer.get_parameters():
-            yield Stepped.of(parameter, parameter, getattr(parameter, "main_grad", None))
+            buffered = getattr(parameter, "main_grad", None)
+            yield Stepped.of(parameter, parameter, buffered, parameter)
         return
     halves = zip(optimizer.fp32_from_float16_groups, optimizer.float16_groups, strict=True)
     for mains, models in halves:
         for main, model in zip(mains, models, strict=True):
-            yield Stepped.of(main, model, getattr(model, "main_grad", None))
+            yield Stepped.of(main, model, getattr(model, "main_grad", None), model)
     for mains in optimizer.fp32_from_fp32_groups:
         for main in mains:
-            yield Stepped.of(main, main, getattr(main, "main_grad", None))
+            yield Stepped.of(main, main, getattr(main, "main_grad", None), main)

@@ -1,0 +1,82 @@
+"""Which parts of a model the parameters of a loop's optimizers are of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_sharpness.core.errors import SettingError
+from megatron_sharpness.core.parts import Weight, parts_of, tag_of
+
+#: What wrappers of a model put into the names of its parameters.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class PartsOfModel:
+    """The parts that were asked for, and who is of which. Collective.
+
+    Attributes:
+        names: of the parts.
+
+    Args:
+        chosen: as in :class:`~megatron_sharpness.core.settings.Settings`.
+        model: as the loop calls it.
+        optimizers: all that step its parameters.
+
+    Raises:
+        SettingError: a part has no parameter.
+    """
+
+    def __init__(
+        self, chosen: str | Mapping[str, str], model: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> None:
+        weights = _weights(model, optimizers)
+        if chosen != "groups" and not all(weight.name for weight in weights.values()):
+            raise SettingError(
+                "parts", chosen, "the optimizer steps tensors that the model has under no name; "
+                "give parts='groups', or leave it out",
+            )  # fmt: skip
+        parts = parts_of(chosen, list(weights.values()), _gather)
+        self.names = parts.names
+        self._members = {key: parts.of(weight) for key, weight in weights.items()}
+
+    def of(self, parameter: Tensor) -> tuple[int, ...]:
+        """The numbers of the parts that a parameter is of."""
+        return self._members.get(id(parameter), ())
+
+
+def _weights(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, Weight]:
+    """Name and group of each parameter that trains, by its id."""
+    names = {id(parameter): _unwrapped(name) for name, parameter in model.named_parameters()}
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    kinds = Counter(type(optimizer).__name__ for optimizer, _ in groups)
+    numbers: Counter[str] = Counter()
+    found = {}
+    for optimizer, group in groups:
+        kind = type(optimizer).__name__
+        label = f"{kind}-{numbers[kind]}" if kinds[kind] > 1 else kind
+        numbers[kind] += 1
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            original = getattr(parameter, "orig_param", None)  # of Megatron-FSDP's
+            name = names.get(id(parameter)) or names.get(id(original), "")
+            found[id(parameter)] = Weight(name, tag_of(str(group.get("name", label))))
+    return found
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+
+
+def _gather(mine: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
