@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_sharpness.core.directional import estimate_directional_sharpness
@@ -67,6 +67,10 @@ class Step:
     started: float = field(default_factory=time.perf_counter)
     part: str = ""
     parts: Sequence[Step] = ()
+
+    def with_parts(self, parts: Iterable[Step]) -> Step:
+        """The same with the steps of its parts."""
+        return replace(self, parts=tuple(parts))
 
     def blank(self, name: str) -> Measurement:
         """The record of a step before anything was evaluated."""

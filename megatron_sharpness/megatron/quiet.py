@@ -6,9 +6,12 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+from megatron.core import tensor_parallel
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.moe import router
 from megatron.core.utils import StragglerDetector
 
@@ -75,6 +78,7 @@ def quiet(
         (detector, "start", detector.null_method),
         (detector, "stop", detector.null_method),
         (router, "sinkhorn", _with_patience(router.sinkhorn)),
+        *_states_of_overlap(config),
         *graphs.switches(model),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
@@ -99,6 +103,28 @@ def quiet(
             setattr(owner, name, value)
         for state in kept:
             state.restore()
+
+
+def _states_of_overlap(config: Any) -> list[tuple[Any, str, Any]]:
+    """What has a forward pass draw from the random states that the training pass has drawn from.
+
+    The schedule of ``--overlap-moe-expert-parallel-comm`` calls the layers of a block by
+    themselves, and so without the states that a block has them draw from under sequence
+    parallelism, as it does in a pass that is forward only.
+    """
+    if not getattr(config, "overlap_moe_expert_parallel_comm", False):
+        return []
+    return [(transformer_block, "tensor_parallel", _WithoutOwnStates())]
+
+
+class _WithoutOwnStates:
+    """``megatron.core.tensor_parallel``, but whose tracker of random states forks none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tensor_parallel, name)
+
+    def get_cuda_rng_tracker(self) -> Any:
+        return SimpleNamespace(fork=contextlib.nullcontext)
 
 
 _OFFLOADING = "megatron.core.pipeline_parallel.fine_grained_activation_offload"

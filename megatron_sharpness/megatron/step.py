@@ -228,7 +228,7 @@ class ObservedStep:
         )
         if failed or seen.skipped or lr == 0.0:
             self.line.release()
-            return seen
+            return seen.with_parts(dataclasses.replace(seen, part=name) for name in self._parts)
         loss, _ = schedule.reduce(schedule.losses, None, per_token=schedule.per_token)
         clip = self._clip_coefficient(grad_norm)
         sums = self.line.products(clip)
@@ -252,8 +252,8 @@ class ObservedStep:
             )
 
         whole, *rows = agreed[:-1].view_as(sums).tolist()
-        parts = [along(*found) for found in zip(rows, self._parts, strict=True)]
-        return dataclasses.replace(along(whole), parts=parts)
+        parts = (along(*found) for found in zip(rows, self._parts, strict=True))
+        return along(whole).with_parts(parts)
 
     def _end(self) -> None:
         """Take θ_{t+1}, once, where the weights are what the step has left.

@@ -345,6 +345,7 @@ class ObservedStep:
             failed=first_error(error) if failed else None,
             started=started,
         )
+        seen = seen.with_parts(dataclasses.replace(seen, part=name) for name in self._parts)
         if failed or skipped or lr == 0.0:
             return seen
         sums = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
@@ -361,7 +362,6 @@ class ObservedStep:
         except ProbeError as caught:
             return dataclasses.replace(seen, failed=str(caught))
 
-
         def along(products: StepProducts, part: str = "") -> Step:
             return dataclasses.replace(
                 seen,
@@ -371,10 +371,11 @@ class ObservedStep:
                 resolution=products.resolution(lr),
                 update_norm=math.sqrt(products.squared_update) / lr,
                 part=part,
+                parts=(),
             )
 
-        parts = [along(*found) for found in zip(of_parts, self._parts, strict=True)]
-        return dataclasses.replace(along(products), parts=parts)
+        parts = (along(*found) for found in zip(of_parts, self._parts, strict=True))
+        return along(products).with_parts(parts)
 
 
 def _beta1(optimizers: Sequence[Optimizer]) -> float | None:

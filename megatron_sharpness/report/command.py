@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import TRAIN
 from megatron_sharpness.report.events import read_tensorboard, read_tensorboard_beside
+from megatron_sharpness.report.parts import format_parts
 from megatron_sharpness.report.records import (
     PART,
     Logged,
@@ -88,7 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
         if len(runs) > 1:
             print(each.name)
         print(format_table(each.records[-arguments.last :]))
-        print("\n".join([format_status(each), *each.logged.notes, ""]))
+        parts = [format_parts(each)] if each.parts else []
+        print("\n".join([format_status(each), *parts, *each.logged.notes, ""]))
     for path in arguments.out:
         print(path)
 

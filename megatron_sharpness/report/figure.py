@@ -19,6 +19,7 @@ from megatron_sharpness.report.records import Array, Record, Run, column
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#00795C"
 INK, MUTED, GRID = "#222222", "#666666", "#E8E8E8"
 OTHER_COLORS = ("#CC79A7", "#00795C", "#8A6D00", "#56B4E9", "#666666")  # and again
+PART_COLORS = (VERMILION, *OTHER_COLORS, "#000000", "#E69F00")  # and again
 RUN_COLORS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # and again
 FONT_SIZE = 12
 
@@ -59,6 +60,8 @@ def draw(runs: list[Run], path: Path) -> None:
     Several runs, 1600 × 2200 pixels, one colour a run: λ_c with both lines, η/η_c, η, the loss,
     and what a measurement costs in forward passes and in seconds.
 
+    Where parts of the model were measured, one run has η/η_c of each part's update alone, too.
+
     Measured on other data too, one run has its λ_c^{1→2} in the first panel, a triangle at the top
     where that loss rises at once.
 
@@ -67,7 +70,8 @@ def draw(runs: list[Run], path: Path) -> None:
     Raises:
         InputError: ``path`` cannot be written, or matplotlib is missing.
     """
-    with png(path, (10, 8.75 if len(runs) == 1 else 13.75)) as figure:
+    height = (11.5 if runs[0].parts else 8.75) if len(runs) == 1 else 13.75
+    with png(path, (10, height)) as figure:
         if len(runs) == 1:
             _draw_run(figure, runs[0])
         else:
@@ -98,9 +102,14 @@ def png(path: Path, size: tuple[float, float], **options: Any) -> Iterator[Any]:
 
 
 def _draw_run(figure: Any, run: Run) -> None:
-    sharpness, rate, loss = figure.subplots(3, 1, sharex=True, height_ratios=[1.3, 1.3, 1])
+    ratios = [1.3, 1.3, *[1.3] * bool(run.parts), 1]
+    sharpness, rate, *parts, loss = figure.subplots(
+        len(ratios), 1, sharex=True, height_ratios=ratios
+    )
     figure.subplots_adjust(left=0.08, right=0.83, top=0.955, bottom=0.065, hspace=0.23)
     _draw_panels(sharpness, rate, loss, run)
+    for axes in parts:
+        _draw_parts(axes, run)
     _mark_missed(sharpness, run.records)
     _name_missed(sharpness, run.records)
     figure.draw_without_rendering()  # settles the limits that the labels stand by
@@ -157,6 +166,18 @@ def _draw_others(axes: Any, run: Run) -> None:
             iteration[at_once], np.full(at_once.sum(), top), color=color, marker="^",
             linestyle="None",
         )  # fmt: skip
+
+
+def _draw_parts(axes: Any, run: Run) -> None:
+    """η/η_c of each part's update alone, and of the whole update."""
+    axes.set_title("Learning rate over critical, of each part alone")
+    axes.set_yscale("log")
+    whole = run.column("lr_over_critical")
+    _curve(axes, run.column("iteration"), whole, r"whole, $\eta/\eta_c$", color=BLUE, linewidth=2.2)
+    for (name, records), color in zip(run.parts.items(), itertools.cycle(PART_COLORS)):
+        iteration, ratio = column(records, "iteration"), column(records, "lr_over_critical")
+        _curve(axes, iteration, ratio, name, color=color, linewidth=1.4)
+    axes.axhline(1, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)), label="")
 
 
 def _draw_overlay(figure: Any, runs: list[Run]) -> None:

@@ -140,6 +140,10 @@ LAYOUTS = {
                                  "--overlap-cpu-optimizer-d2h-h2d"),
     "ep overlap": (2, f"{EXPERTS} --moe-token-dispatcher-type alltoall --bf16 "
                       "--overlap-moe-expert-parallel-comm --use-distributed-optimizer"),
+    "ep overlap sequence parallel": (2, f"{EXPERTS} --moe-token-dispatcher-type alltoall --bf16 "
+                     "--overlap-moe-expert-parallel-comm --use-distributed-optimizer "
+                     "--tensor-model-parallel-size 2 --sequence-parallel "
+                     "--expert-tensor-parallel-size 1"),
     "activations on the host": (1, f"{ACTIVATIONS} --bf16"),
     "activations on the host tp": (2, f"{ACTIVATIONS} --bf16 --tensor-model-parallel-size 2 "
                                       "--num-layers 4 --activation-offload-fraction 0.5"),
@@ -193,13 +197,14 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
         assert other["batch"] == "sums"
         answers = ("found", "not_descent", "noise_limited") if own == "found" else (own,)
         assert other["status"] in answers
-    check_parts(measured, statuses)
+    check_parts(layout, measured, statuses)
 
 
-def check_parts(measured: Run, statuses: list[str]) -> None:
+def check_parts(layout: str, measured: Run, statuses: list[str]) -> None:
     """Each part of the model has a record at each measurement, and none has failed."""
     parts = {record["part"] for record in measured.part_records}
-    assert {"embeddings", "norms", "attention"} <= parts and "rest" not in parts
+    assert {"embeddings", "norms", "attention"} <= parts
+    assert ("rest" in parts) == ("mtp" in layout)  # its own projection
     assert len(measured.part_records) == len(parts) * len(statuses)
     for record in measured.part_records:
         own = statuses[record["iteration"] // 2 - 1]
