@@ -214,5 +214,5 @@ def disturbed(changed: Sequence[str]) -> str:
         f"the measurement has changed what training reads later: {', '.join(changed[:NAMED])}"
         f"{more}. What could be put back was, and no further step of this run is measured. What a "
         "forward pass changes in the model is kept; what it changes elsewhere has to be named "
-        "(`keep`), or to be written in training steps alone"
+        "(`keep=`, in a loop of one's own), or to be written in training steps alone"
     )

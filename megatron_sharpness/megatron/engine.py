@@ -37,6 +37,11 @@ def _manager() -> Any | None:
     return None
 
 
+def is_there() -> bool:
+    """Whether Transformer Engine is: without it Megatron trains as if fp8 was not asked for."""
+    return any(name.partition(".")[0] == LIBRARY for name in sys.modules)
+
+
 def quantizes(model: Sequence[Any]) -> bool:
     """Whether the forward passes of this rank's model chunks do."""
     return bool(get_model_config(model[0]).fp8) and _manager() is not None

@@ -52,7 +52,7 @@ from megatron_sharpness.megatron.support import (
     check_interfaces,
     faults_of_megatron,
     refuse_unsupported,
-    self_tested,
+    self_tested_here,
 )
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
@@ -143,7 +143,7 @@ class MeasuredTrainStep:
                 self._settings,
                 sinks=_sinks() if is_writer else (),
                 warn=printing_on(dist.get_world_size() - 1),
-                self_tested=self_tested(get_args()),
+                self_tested=self_tested_here(get_args()),
             )
             self._meter.load_state_dict(getattr(get_args(), STATE, {}))
         return self._meter

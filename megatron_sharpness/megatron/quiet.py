@@ -17,7 +17,7 @@ from megatron.core.utils import StragglerDetector
 
 from megatron_sharpness.core.state import State
 from megatron_sharpness.megatron import graphs
-from megatron_sharpness.megatron.states import MegatronRandomStates, state_of, state_of_logs
+from megatron_sharpness.megatron.states import MegatronRandomStates, state_of, state_of_losses
 
 #: Iterations of a router's Sinkhorn algorithm in a probe: in training it takes tens.
 SINKHORN_ITERATIONS = 1000
@@ -84,7 +84,7 @@ def quiet(
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     kept: list[State | MegatronRandomStates] = []
     try:
-        kept = [state_of(model), state_of_logs(), MegatronRandomStates()]
+        kept = [state_of(model), state_of_losses(), MegatronRandomStates()]
     except Exception as caught:
         fail(caught)
     for owner, name, value in replaced:

@@ -15,11 +15,24 @@ from megatron_sharpness.core.state import State
 from megatron_sharpness.megatron import engine, graphs
 from megatron_sharpness.megatron.shards import megatron_fsdp
 
-#: Modules with a class that adds up, over the forward passes of a step, losses for the log: in a
-#: dictionary ``tracker``.
+_MTP = "megatron.core.transformer.multi_token_prediction"
+_DSA = "megatron.core.transformer.experimental_attention_variant.dsa"
+
+_MOE = "megatron.core.transformer.moe.moe_utils"
+
+#: Classes, by module and name, that add up, over the forward passes of a step, losses for the log:
+#: in a dictionary ``tracker``.
 _TRACKERS = {
-    "megatron.core.transformer.multi_token_prediction": "MTPLossLoggingHelper",
-    "megatron.core.transformer.experimental_attention_variant.dsa": "DSAIndexerLossLoggingHelper",
+    "losses of further tokens": (_MTP, "MTPLossLoggingHelper"),
+    "losses of the indexer": (_DSA, "DSAIndexerLossLoggingHelper"),
+}
+
+#: And those that scale the gradient of a loss beside the model's own. A forward pass sets it, by
+#: the number of its micro-batches and by the loss scale, which both may be others in a probe.
+_SCALERS = {
+    "scale of the routers' loss": (_MOE, "MoEAuxLossAutoScaler"),
+    "scale of the loss of further tokens": (_MTP, "MTPLossAutoScaler"),
+    "scale of the indexer's loss": (_DSA, "DSAIndexerLossAutoScaler"),
 }
 
 
@@ -65,10 +78,12 @@ def _storage(tensor: torch.Tensor) -> int:
         return -id(held)
 
 
-def state_of_logs() -> State:
-    """The losses that forward passes add up for the log, of the modules that are in use."""
-    found = {
-        name: getattr(getattr(sys.modules.get(module), name, None), "tracker", None)
-        for module, name in _TRACKERS.items()
-    }
-    return State(found)
+def state_of_losses() -> State:
+    """What forward passes add up for the log, and the scales that they set for the backward pass of
+    losses beside the model's own, of the modules that are in use."""
+    found = {name: getattr(_class_of(*row), "tracker", None) for name, row in _TRACKERS.items()}
+    return State({**found, **{name: _class_of(*row) for name, row in _SCALERS.items()}})
+
+
+def _class_of(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core import package_info
 
 from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.megatron import engine
 
 #: Versions that the tests run.
 TESTED = ("0.16", "0.17", "0.18", "0.19", "0.20")
@@ -63,6 +64,12 @@ def self_tested(args: Any) -> list[str]:
     return [what.format(**given) for _, (_, what) in _used(args, SELF_TESTED)]
 
 
+def self_tested_here(args: Any) -> list[str]:
+    """Those of them that this process runs."""
+    there = engine.is_there()
+    return [mode for mode in self_tested(args) if there or not mode.startswith("fp8")]
+
+
 def _used(args: Any, table: dict[str, tuple[str, str]]) -> Iterator[tuple[Any, tuple[str, str]]]:
     """Value and row of the arguments in a table that are given."""
     for name, row in table.items():
@@ -82,13 +89,18 @@ def refuse_unsupported(args: Any, *, self_tests: bool = True) -> None:
     Raises:
         InputError: names all flags that cannot be used, their values, the reasons and the remedy.
     """
-    refused = [*refusals(args), *_refusals_of_self_tested(args, self_tests)]
-    if refused:
-        raise InputError(
-            "--measure-critical-sharpness-every cannot be used with "
-            + "; nor with ".join(f"{flag} {value}: {reason}" for flag, value, reason in refused)
-            + ". Leave one of the two out."
-        )
+    tested = " and ".join(f"{flag} {value}" for value, (flag, _) in _used(args, SELF_TESTED))
+    measuring = [*refusals(args), *_refusals_of_self_tested(args, self_tests)]
+    for owner, refused in (
+        ("--measure-critical-sharpness-every", measuring),
+        (tested, list(_at_odds_with_a_self_test(args)) if self_tests else []),
+    ):
+        if refused:
+            raise InputError(
+                f"{owner} cannot be used with "
+                + "; nor with ".join(f"{flag} {value}: {reason}" for flag, value, reason in refused)
+                + ". Leave one of the two out."
+            )
 
 
 def refusals(args: Any) -> Iterator[tuple[str, object, str]]:
@@ -107,10 +119,7 @@ def refusals(args: Any) -> Iterator[tuple[str, object, str]]:
 
 
 def _refusals_of_self_tested(args: Any, self_tests: bool) -> Iterator[tuple[str, object, str]]:
-    """What a run with modes that have to pass its self-test cannot be measured with."""
-    modes = self_tested(args)
-    if not modes:
-        return
+    """Modes that have to pass a self-test, where there is none or it would not do."""
     if not self_tests:
         for value, (flag, _) in _used(args, SELF_TESTED):
             yield flag, value, "it was never run with a measurement, and could be wrong in silence"
@@ -118,7 +127,13 @@ def _refusals_of_self_tested(args: Any, self_tests: bool) -> Iterator[tuple[str,
     recipe = getattr(args, "fp8_recipe", None)
     if getattr(args, "fp8", None) and recipe not in RECIPES:
         yield "--fp8-recipe", recipe, f"what it keeps is not known; give one of {RECIPES}"
-    names = ", ".join(modes)
+
+
+def _at_odds_with_a_self_test(args: Any) -> Iterator[tuple[str, object, str]]:
+    """What a run with modes that have to pass one cannot be measured with."""
+    names = ", ".join(self_tested(args))
+    if not names:
+        return
     if getattr(args, "critical_sharpness_mode", "train") != "train":
         yield (
             "--critical-sharpness-mode",

@@ -54,7 +54,7 @@ def tokens_counted_and_nothing_put_back() -> None:
 
 def a_log_that_no_one_knows_of() -> None:
     """The losses that multi-token prediction logs, where they were not put back."""
-    quiet.state_of_logs = Dropped
+    quiet.state_of_losses = Dropped
 
 
 def attention_logits() -> None:

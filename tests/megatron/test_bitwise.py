@@ -148,6 +148,11 @@ LAYOUTS = {
     "activations on the host tp": (2, f"{ACTIVATIONS} --bf16 --tensor-model-parallel-size 2 "
                                       "--num-layers 4 --activation-offload-fraction 0.5"),
     "fp16 cross entropy": (1, "--fp16 --initial-loss-scale 4096 --fp16-lm-cross-entropy"),
+    "mtp fp16 scale grows": (1, f"{MTP} --num-experts 4 --disable-bias-linear --fp16 "
+                                "--moe-aux-loss-coeff 1e-2 --initial-loss-scale 4096 "
+                                "--loss-scale-window 2"),
+    "ep few samples": (2, f"{EXPERTS} --moe-aux-loss-coeff 1e-2 --bf16 "
+                          "--critical-sharpness-eval-samples 4"),
     "clipped logits": (2, "--bf16 --qk-clip --qk-clip-threshold 0.02 --log-max-attention-logit"),
     "mla": (2, "--bf16 --multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 "
                "--qk-pos-emb-head-dim 8 --v-head-dim 8 --position-embedding-type rope "
