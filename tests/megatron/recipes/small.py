@@ -181,7 +181,7 @@ def shrunk(recipe: Recipe) -> Flags:
     experts = "m" if "--mtp-num-layers" in flags else ""
     patterns = {
         "--pipeline-model-parallel-layout": f"Et|t|t|t{experts}L",
-        "--moe-layer-freq": "([0]*1+[1]*3)",
+        "--moe-layer-freq": f"([0]*1+[1]*{int(flags.get('--num-layers', 4)) - 1})",
         "--hierarchical-context-parallel-sizes": "[2 1]",
     }
     flags |= {name: value for name, value in patterns.items() if name in flags}
