@@ -239,7 +239,15 @@ def _parts(given: list[str] | None) -> str | dict[str, str] | None:
     """The value of the setting ``parts``."""
     if given is None or (len(given) == 1 and "=" not in given[0]):
         return given[0] if given else None
-    return dict(text.partition("=")[::2] for text in given)
+    parts: dict[str, str] = {}
+    for text in given:
+        name, equals, expression = text.partition("=")
+        if not equals or name in parts:
+            raise SettingError(
+                "parts", text, "give one preset alone, or NAME=REGEX with a name of its own each"
+            )
+        parts[name] = expression
+    return parts
 
 
 def log_path(args: Any) -> Path | None:

@@ -62,7 +62,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp with sequence parallelism": (
         2, {**BF16, **DISTRIBUTED, "model": {**BF16["model"], **TP, "sequence_parallel": True}},
     ),
-    "vpp": (2, {"layers": 4, "model": VPP, **DISTRIBUTED}),
+    "vpp": (2, {"layers": 4, "model": VPP, **DISTRIBUTED, "settings": {"parts": "layers"}}),
     "fsdp": (2, {**BF16, **SHARDED}),
     "fsdp optim": (2, {**BF16, **SHARDED, "ddp": {
         **SHARDED["ddp"], "data_parallel_sharding_strategy": "optim",
@@ -150,6 +150,9 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, runs: dict[str, 
         zip((2, 4, 6), (16, 32, 48), STATUSES.get(layout, ["found"] * 3), strict=True)
     )
     assert "differs from the training loss" not in measured.output
+    thirds = ["first-third", "middle-third", "last-third", "outside"] if layout == "vpp" else []
+    assert [record["part"] for record in measured.part_records] == thirds * 3
+    assert {record["status"] for record in measured.part_records} <= {"found", "no_upper"}
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,9 @@ def test_an_alarm_is_told_and_looked_at_closer_with_training_unchanged(tmp_path:
     assert text.step == 4 and b"ALARM at iteration 4" in text.tensor_proto.string_val[0]
 
 
-def test_one_that_cannot_be_is_refused_at_start_up(tmp_path: Path) -> None:
-    result = run(tmp_path, "--critical-sharpness-alarm -1", every=2)
-    assert result.returncode != 0
-    assert "--critical-sharpness-alarm -1.0: " in result.output and "give 1" in result.output
+def test_a_part_that_nothing_is_of_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    parts = "--critical-sharpness-parts norms=norm head=lm_head"
+    result = run(tmp_path, f"--pipeline-model-parallel-size 2 {parts}", processes=2, every=2)
+    assert result.returncode != 0 and not result.training_lines
+    assert "InputError: --critical-sharpness-parts head=lm_head: " in result.output
+    assert "decoder.layers." in result.output  # such are the names

@@ -67,6 +67,28 @@ REFUSED = {
     f"{EVERY} 10 --critical-sharpness-max-evaluations 0": [
         "--critical-sharpness-max-evaluations 0", "leave it out",
     ],
+    f"{EVERY} 10 --critical-sharpness-alarm -1": ["--critical-sharpness-alarm -1.0", "give 1"],
+    f"{EVERY} 10 --critical-sharpness-alarm 1 --critical-sharpness-alarm-after 0": [
+        "--critical-sharpness-alarm-after 0", "1 or more",
+    ],
+    f"{EVERY} 10 --critical-sharpness-alarm 1 --critical-sharpness-alarm-every 20": [
+        "--critical-sharpness-alarm-every 20", "no longer than", "10",
+    ],
+    f"{EVERY} 10 --critical-sharpness-alarm-every 5": [
+        "--critical-sharpness-alarm-every 5", "there is no alarm",
+    ],
+    f"{EVERY} 10 --critical-sharpness-parts layer": [
+        "--critical-sharpness-parts layer", "modules, groups, layers",
+    ],
+    f"{EVERY} 10 --critical-sharpness-parts modules a=b": [
+        "--critical-sharpness-parts modules", "one preset alone",
+    ],
+    f"{EVERY} 10 --critical-sharpness-parts a=b a=c": ["--critical-sharpness-parts a=c", "its own"],
+    f"{EVERY} 10 --critical-sharpness-parts a=(": ["--critical-sharpness-parts a=(", "expression"],
+    f"{EVERY} 10 --critical-sharpness-parts modules --critical-sharpness-parts-every 25": [
+        "--critical-sharpness-parts-every 25", "multiple of the 10", "give 100",
+    ],
+    f"{EVERY} 10 --critical-sharpness-parts-every 20": ["--critical-sharpness-parts-every 20"],
     f"{EVERY} 10 --critical-sharpness-method newton": ["newton", "certified"],
     f"{EVERY} 10 --critical-sharpness-method point": ["point", "certified"],
     f"{EVERY} 10 --critical-sharpness-microbatches 1": ["--critical-sharpness-microbatches 1"],

@@ -24,6 +24,7 @@ def replace_parts() -> None:
     _keep_the_compiled_helper()
     _local_layers_for_bert()
     _routers_without_transformer_engine()
+    _no_layers_of_inference()
     _norms_like_transformer_engines()
     _norms_of_images()
     _copies_for_the_checkpoint_writer()
@@ -59,6 +60,15 @@ def _routers_without_transformer_engine() -> None:
     from megatron.core.transformer.moe import moe_utils
 
     vars(moe_utils).setdefault("te_general_gemm", None)
+
+
+def _no_layers_of_inference() -> None:
+    # Megatron-LM 0.20 asks, in training too, whether a layer is one of those that Transformer
+    # Engine's are derived for, and without that cannot.
+    from megatron.core.transformer import multi_token_prediction
+
+    if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
 
 
 def _norms_like_transformer_engines() -> None:
