@@ -17,6 +17,7 @@ from experiments.checkpoints import run as checkpoints
 from experiments.fcn import run as fcn
 from experiments.gpt_wsd import run as gpt
 from experiments.mix import analysis as mix
+from experiments.parts import run as parts
 from experiments.tracking import run as tracking
 from experiments.weight_decay import run as weight_decay
 
@@ -212,6 +213,22 @@ def checkpoints_claims(runs: Runs) -> Found:
         yield text, case, correlation, lowest, 1.0
 
 
+def parts_claims(runs: Runs) -> Found:
+    text = "attention breaks first, alone (ours): its η/η_c / that of the part"
+    for optimizer, others in (("AdamW", ("mlp", "embeddings", "norms")), ("Muon", ("mlp",))):
+        rows = runs[f"{optimizer.lower()}-modules"]
+        first = parts.stable_ratio(rows, "attention")
+        for part in others:
+            ratio = first / parts.stable_ratio(rows, part)
+            yield text, f"{optimizer}, {part}", ratio, 1.05, np.inf
+    rows = runs["muon-groups"]
+    ratio = parts.stable_ratio(rows, "muon") / parts.stable_ratio(rows, "adamw")
+    yield "Muon's group breaks before AdamW's (ours)", "at one learning rate", ratio, 1.05, np.inf
+    text = "a part takes as many forward passes (ours)"
+    for name, rows in runs.items():
+        yield text, name.replace("-", ", "), parts.passes(rows), 2.0, 3.0
+
+
 #: Folder → the claims about its records.
 CLAIMS = {
     "uv": uv_claims,
@@ -223,6 +240,7 @@ CLAIMS = {
     "batch": batch_claims,
     "mix": mix_claims,
     "checkpoints": checkpoints_claims,
+    "parts": parts_claims,
 }
 
 

@@ -85,6 +85,23 @@ def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
     )
 
 
+def optimizers_of(name: str, network: nn.Module) -> list[torch.optim.Optimizer]:
+    """By name: AdamW, SGD with momentum, or Muon for matrices of blocks and AdamW for the rest."""
+    everything = dict(network.named_parameters())
+    if name == "sgd":
+        return [torch.optim.SGD(everything.values(), lr=1.0, momentum=0.9)]
+    matrices = {key: p for key, p in everything.items() if "blocks" in key and p.dim() == 2}
+    if name == "adamw":
+        return [optimizer_of(network)]
+    rest = [p for key, p in everything.items() if key not in matrices]
+    return [
+        torch.optim.Muon(
+            matrices.values(), lr=1.0, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY),
+    ]
+
+
 def loss(network: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy a token, in nats."""
     logits = network(tokens[:, :-1])

@@ -15,6 +15,7 @@ from experiments.adam_edge import run as adam_edge
 from experiments.batch import run as batch
 from experiments.fcn import run as fcn
 from experiments.gpt_wsd import run as gpt
+from experiments.parts import run as parts
 from experiments.uv import model as uv
 from experiments.weight_decay import run as weight_decay
 from tests.processes import ROOT
@@ -84,3 +85,12 @@ def test_a_small_batch_and_another_are_measured_along_one_step(
     assert [row["status"] for row in rows] == ["found"] * 4
     own, other = (batch.sharpness_of(rows, name) for name in batch.BATCHES)
     assert np.all(other > own)
+
+
+def test_muons_group_breaks_before_adamws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "STEPS", 250)
+    rows = parts.run("muon", "groups")
+    assert parts.parts_in(rows) == ["adamw", "muon"]
+    ratios = [parts.stable_ratio(rows, part) for part in ("muon", "adamw")]
+    assert ratios[0] > 1.05 * ratios[1] > 0.0
+    assert 2.0 <= parts.passes(rows) <= 3.0
