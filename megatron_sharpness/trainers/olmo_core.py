@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -65,6 +65,8 @@ class CriticalSharpnessCallback(Callback):
     max_evaluations: int = 40
     on_error: Literal["warn", "raise"] = "warn"
     watch: Literal["first", "always"] = "first"
+    parts: str | Mapping[str, str] | None = None
+    parts_every: int | None = None
     alarm: float | None = None
     alarm_after: int = 3
     alarm_every: int | None = None

@@ -57,6 +57,12 @@ class CriticalSharpnessConfig:
     watch: Literal["first", "always"] = "first"
     """Which measurements are watched, whether they leave what training reads later as it was."""
 
+    parts: Literal["modules", "groups", "layers"] | None = None
+    """Which parts of the model are measured by themselves, too. By default none."""
+
+    parts_every: int | None = None
+    """At which steps: a multiple of ``every``. By default each time."""
+
     alarm: float | None = None
     """Learning rate over the critical one above which the alarm rings. By default never."""
 

@@ -6,11 +6,14 @@ import math
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import megatron_sharpness
+from megatron_sharpness.arguments import FLAGS
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import FARTHEST, Meter
@@ -45,6 +48,8 @@ def on_ranks(chosen: str | Mapping[str, str], *ranks: list[str]) -> list[dict[st
         for parts, held in zip(found, weights, strict=True)
     ]
 
+
+PACKAGE = Path(megatron_sharpness.__file__).parent
 
 MEGATRON = [
     "embedding.word_embeddings.weight", "decoder.layers.0.input_layernorm.weight",
@@ -140,6 +145,15 @@ def test_parts_are_due_with_their_interval() -> None:
     assert [n for n in range(1, 13) if settings.due_parts(n)] == [6, 12]
     assert Settings(every=2, parts="modules").due_parts(4)
     assert not Settings(every=2).due_parts(4) and not Settings(every=0, parts="groups").due_parts(4)
+
+
+def test_every_trainer_takes_every_setting() -> None:
+    """Those that name their settings, read as text: their libraries need not be there."""
+    names = [field.name for field in fields(Settings) if field.name != "on_alarm"]
+    for trainer in ("olmo_core", "torchtitan"):
+        text = (PACKAGE / "trainers" / f"{trainer}.py").read_text()
+        assert [name for name in names if f"\n    {name}: " not in text] == []
+    assert set(FLAGS) == set(names)
 
 
 LOSS, SLOPES, CURVATURES = 3.0, {"one": 2.0, "two": 6.0, "flat": 1.0, "still": 0.0}, (40.0, 30.0)
