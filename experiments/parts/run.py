@@ -17,7 +17,7 @@ RUNS = (("adamw", "modules"), ("muon", "modules"), ("muon", "groups"))
 #: What is kept of a record.
 FIELDS = (
     "iteration", "batch", "part", "status", "lr", "loss", "slope", "critical_lr",
-    "critical_sharpness", "lr_over_critical", "evaluations",
+    "critical_sharpness", "lr_over_critical", "edge_of_stability", "evaluations",
 )  # fmt: skip
 
 

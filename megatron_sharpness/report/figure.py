@@ -177,7 +177,9 @@ def _draw_parts(axes: Any, run: Run) -> None:
     for (name, records), color in zip(run.parts.items(), itertools.cycle(PART_COLORS)):
         iteration, ratio = column(records, "iteration"), column(records, "lr_over_critical")
         _curve(axes, iteration, ratio, name, color=color, linewidth=1.4)
-    axes.axhline(1, color=MUTED, linewidth=1.2, linestyle=(0, (4, 2)), label="")
+    ends = run.column("iteration")[[0, -1]]
+    edge = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 2))}
+    _curve(axes, ends, np.ones(2), r"$\eta=\eta_c$", **edge)
 
 
 def _draw_overlay(figure: Any, runs: list[Run]) -> None:

@@ -85,6 +85,36 @@ def test_other_data_is_read_beside_and_drawn_capped_where_it_rises_at_once(tmp_p
     assert triangle.get_xydata().tolist() == [[20.0, 2000.0]]  # twice the largest of all
 
 
+def test_parts_are_read_apart_and_the_first_to_break_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = [
+        record(step, part=part, critical_lr=1e-3 / ratio, lr_over_critical=ratio)
+        for step in (10, 20, 30)
+        for part, ratio in (("norms", 0.01), ("attention", 0.4), ("mlp", 0.1))
+    ]
+    never = [record(step, "no_upper", part="output") for step in (10, 20, 30)]
+    at_once = [record(step, "not_descent", part="router") for step in (10, 20, 30)]
+    hidden = [record(step, "noise_limited", part="rest") for step in (10, 20, 30)]
+    whole = [record(step, part=None) for step in (10, 20, 30)]
+    path = write(tmp_path / "log.jsonl", [*alone, *never, *hidden, *whole])
+    assert [each["iteration"] for each in read_records(path)] == [10, 20, 30]
+    figure = tmp_path / "parts.png"
+    cli.main(["report", str(path), "--out", str(figure)])
+    told = capsys.readouterr().out
+    order = [told.index(f"\n  {name} ") for name in ("attention", "mlp", "norms", "output", "rest")]
+    assert order == sorted(order)
+    assert "η/η_c 0.4, breaks at 2.5 times the learning rate" in told
+    assert "never raises the loss" in told and "no measurement tells" in told
+    assert "attention breaks first" in told and "by the factors mlp 4, norms 40" in told
+    assert struct.unpack(">II", figure.read_bytes()[16:24]) == (1600, 1840)
+
+    cli.main(["report", str(write(tmp_path / "other.jsonl", [*alone, *at_once, *whole]))])
+    told = capsys.readouterr().out
+    assert told.index("\n  router ") < told.index("\n  attention ")
+    assert "raises the loss from the start" in told and "breaks first" not in told
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
