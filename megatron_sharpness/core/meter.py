@@ -77,7 +77,7 @@ class Meter:
 
     def due(self, iteration: int) -> bool:
         """Whether ``iteration`` is to be measured: more of them are while the alarm rings."""
-        return self.settings.due(iteration, alarmed=self.bell.rings)
+        return self.settings.due(iteration, alarmed=self.bell.rings and self.ended is None)
 
     @property
     def watches(self) -> bool:

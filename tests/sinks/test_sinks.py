@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
 
@@ -42,6 +45,19 @@ def test_wandb_logs_at_the_iteration() -> None:
     assert run.seen["learning-rate-over-critical"] == (0.25, 20)
 
 
+def test_an_alarm_is_a_text_in_tensorboard_and_an_alert_in_wandb() -> None:
+    seen: list[tuple[Any, ...]] = []
+    writer = SimpleNamespace(add_text=lambda *given: seen.append(given))
+    run = SimpleNamespace(alert=lambda **given: seen.append(tuple(given.values())))
+    alarm = Alarm(iteration=30, threshold=1.0, ratios=(1.5, 2.0), on=True)
+    TensorBoardSink(writer).alarm(alarm)
+    WandbSink(run).alarm(alarm)
+    assert seen == [
+        ("critical-sharpness-alarm", str(alarm), 30), ("Critical sharpness", str(alarm), "WARN")
+    ]  # fmt: skip
+    assert "above 1 (1.5, 2)" in str(alarm)
+
+
 def test_json_lines_are_appended(tmp_path: Path) -> None:
     path = tmp_path / "new" / "log.jsonl"
     sink = JsonLinesSink(path)
@@ -60,4 +76,6 @@ def test_the_console_says_what_was_found_and_why_not() -> None:
     sink.write(FOUND)
     sink.write(FAILED)
     assert "critical sharpness: 5.000000E+01" in lines[0] and "evaluations: 3" in lines[0]
+    sink.write(replace(FOUND, part="mlp"))
+    assert lines[2].startswith(" critical sharpness of part mlp at iteration ")
     assert "status: failed | no memory" in lines[1] and "critical learning rate" not in lines[1]
