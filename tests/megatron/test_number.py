@@ -188,8 +188,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("whole")
     return {
         ties: run(
-            folder / (ties or "tied"), f"--use-distributed-optimizer {ties}", processes=2, every=1,
-            model=ONE_STEP,
+            folder / (ties or "tied"), f"--use-distributed-optimizer {ties} {PARTS}", processes=2,
+            every=1, model=ONE_STEP,
         ).expect_success()
         for ties in ("", UNTIED)
     }  # fmt: skip
@@ -205,13 +205,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def test_critical_lr_does_not_depend_on_how_fsdp_shards(
     flags: str, tmp_path: Path, whole: dict[str, Run]
 ) -> None:
-    result = run(tmp_path, flags, processes=2, every=1, model=ONE_STEP).expect_success()
+    result = run(
+        tmp_path, f"{flags} {PARTS}", processes=2, every=1, model=ONE_STEP
+    ).expect_success()  # fmt: skip
     (record,) = result.records
-    (expected,) = whole[UNTIED if UNTIED in flags else ""].records
+    plain = whole[UNTIED if UNTIED in flags else ""]
+    (expected,) = plain.records
     assert record["status"] == expected["status"] == "found"
     for name in ("loss", "slope", "update_norm", "critical_lr"):
         assert record[name] == pytest.approx(expected[name], rel=1e-5), name
     assert record["evaluations"] == expected["evaluations"]
+    for part, other in zip(result.part_records, plain.part_records, strict=True):
+        assert (part["part"], part["status"]) == (other["part"], other["status"])
+        for name in ("slope", "update_norm", "critical_lr"):
+            if other[name] is not None:
+                assert part[name] == pytest.approx(other[name], rel=1e-5), (part["part"], name)
 
 
 @pytest.mark.parametrize("flags", [
