@@ -148,8 +148,8 @@ class Meter:
             records = self._self_tested(records, watched=changed is not None)
         for record in records.values():
             self._tell("write", record)
-        if (alarm := self.bell.observe(records.train)) is not None:
-            self._raise_alarm(alarm)
+            if record.name == TRAIN and (alarm := self.bell.observe(record)) is not None:
+                self._raise_alarm(alarm)
         failed = next((r for r in records.values() if r.status == "failed"), None)
         if failed is not None and self.settings.on_error == "raise":
             raise ProbeError(failed.reason)
