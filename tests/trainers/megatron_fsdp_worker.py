@@ -204,9 +204,9 @@ def in_flight() -> list[int]:
     def make(model: nn.Module) -> Made:
         sharded, optimizer = at_once(model, zero_dp_strategy="optim")
 
-        def watched_move(self: UpdateLine, fraction: float) -> None:
+        def watched_move(self: UpdateLine, *where: Any) -> None:
             found.append(len(sharded.all_gather_pipeline.param_gather_event_map))
-            move(self, fraction)
+            move(self, *where)
 
         UpdateLine.move = watched_move
         return sharded, optimizer
