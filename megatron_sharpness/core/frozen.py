@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_sharpness.core.replay import of_all_ranks
+
 _CHUNK = 1 << 24  # elements of a tensor that are copied to the host at a time
 
 
@@ -36,7 +38,7 @@ class FrozenRun:
             RuntimeError: something has changed.
         """
         seconds = time.perf_counter() - self._began
-        memory = _largest(_peak_memory())
+        memory = max(of_all_ranks(_peak_memory()))
         after = fingerprint(self._tensors())
         if after != self._before:
             raise RuntimeError(
@@ -67,9 +69,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
             digest.update(part.to("cpu", dtype).view(torch.uint8).numpy())
     if not dist.is_initialized():
         return digest.hexdigest()
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest.digest())
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    return hashlib.sha256(b"".join(of_all_ranks(digest.digest()))).hexdigest()
 
 
 def _peak_memory() -> int:
@@ -78,11 +78,3 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def _largest(value: int) -> int:
-    if not dist.is_initialized():
-        return value
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return int(max(values))

@@ -54,6 +54,15 @@ TRAIN = "train"
 RELATIVE_TAGS = ("critical-sharpness", "critical-learning-rate", "learning-rate-over-critical")
 
 
+#: Before the name of a part of the model in the name of its record.
+PART = "part/"
+
+
+def name_of(batch: str, part: str | None) -> str:
+    """What a record is called among those of its step: the data, or ``part/NAME``."""
+    return batch if part is None else f"{PART}{part}"
+
+
 class Scalars(Protocol):
     """What a logger of curves draws: a :class:`Measurement`, or what else belongs beside it."""
 
@@ -143,7 +152,7 @@ class Measurement:
     @property
     def name(self) -> str:
         """What :class:`Records` calls it: the data, or ``part/NAME``."""
-        return self.batch if self.part is None else f"part/{self.part}"
+        return name_of(self.batch, self.part)
 
     def without_number(self, reason: str) -> Measurement:
         """The record of a measurement that is not to be trusted, with what was known before it."""

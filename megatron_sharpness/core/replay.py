@@ -105,12 +105,20 @@ def all_max(values: Tensor, device: torch.device) -> Tensor:
     return values
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """The objects that the ranks give, in their order. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_error(error: Exception | None) -> str:
     """The error of the lowest rank that has one, and which rank that is. Collective."""
     text = None if error is None else reason_of(error)
     if not dist.is_initialized():
         return text or ""
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, text)
-    rank, text = next((rank, text) for rank, text in enumerate(errors) if text is not None)
+    errors = enumerate(of_all_ranks(text))
+    rank, text = next((rank, text) for rank, text in errors if text is not None)
     return f"rank {rank}: {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from megatron_sharpness.core.measurement import (
     edge_of_stability,
     edge_of_stability_preconditioned,
 )
+from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.search import SearchResult
 
 #: η ↦ L(θ − ηΔθ) and the number of tokens, the same numbers on every rank. The loss may be NaN or
@@ -68,9 +70,33 @@ class Step:
     part: str = ""
     parts: Sequence[Step] = ()
 
-    def with_parts(self, parts: Iterable[Step]) -> Step:
-        """The same with the steps of its parts."""
-        return replace(self, parts=tuple(parts))
+    def with_parts(self, names: Iterable[str]) -> Step:
+        """The same with a step of each part, of which nothing else is known."""
+        return replace(self, parts=[replace(self, part=name) for name in names])
+
+    def along(self, products: Sequence[StepProducts], clip: float) -> Step:
+        """The same with what its products say.
+
+        Args:
+            products: of the whole update, and of each of ``parts``.
+            clip: what the gradients were multiplied by; 0 where they vanish.
+        """
+        whole, *of_parts = products
+        parts = [part._with(found, clip) for part, found in zip(self.parts, of_parts, strict=True)]
+        return replace(self, parts=parts)._with(whole, clip)
+
+    def without_slope(self) -> Step:
+        """The same where the gradient at θ is not known."""
+        return replace(self, slope=None, parts=[replace(p, slope=None) for p in self.parts])
+
+    def _with(self, products: StepProducts, clip: float) -> Step:
+        return replace(
+            self,
+            slope=products.decrease / self.lr / clip if clip else 0.0,
+            noise=products.noise(clip) if clip else 0.0,
+            resolution=products.resolution(self.lr),
+            update_norm=math.sqrt(products.squared_update) / self.lr,
+        )
 
     def blank(self, name: str) -> Measurement:
         """The record of a step before anything was evaluated."""

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sharpness.core.replay import all_max
+from megatron_sharpness.core.replay import all_max, of_all_ranks
 from megatron_sharpness.core.state import State
 
 #: Elements of a tensor that are summed at a time.
@@ -158,8 +157,4 @@ def _equal(before: Any, after: Any) -> bool:
 
 def _of_all_ranks(changed: list[str]) -> list[str]:
     """The names of all ranks, in the order of the first that has them. Collective."""
-    if not dist.is_initialized():
-        return changed
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, changed)
-    return list(dict.fromkeys(name for names in found for name in names))
+    return list(dict.fromkeys(name for names in of_all_ranks(changed) for name in names))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_sharpness.core.parts import Weight, parts_of, tag_of
+from megatron_sharpness.core.replay import of_all_ranks
 from megatron_sharpness.megatron.shards import Leaf, leaves_of
 
 #: Of the weight that the first and the last pipeline stage have each a copy of.
@@ -34,28 +34,34 @@ class PartsOfModel:
     def __init__(
         self, chosen: str | Mapping[str, str], model: Sequence[Any], optimizer: Any
     ) -> None:
-        self._model = model
-        weights = [weight for leaf in leaves_of(optimizer) for weight in self._weights(leaf)]
-        self._parts = parts_of(chosen, weights, _gather)
-        self.names = self._parts.names
+        names = _names(model)
+        weights = {id(leaf.optimizer): _weights(leaf, names) for leaf in leaves_of(optimizer)}
+        parts = parts_of(chosen, list(chain.from_iterable(weights.values())), of_all_ranks)
+        self.names = parts.names
+        self._members = {key: list(map(parts.of, held)) for key, held in weights.items()}
 
     def of_shards(self, leaf: Leaf) -> list[tuple[int, ...]]:
         """The numbers of the parts that each shard of an optimizer is of, in their order."""
-        return [self._parts.of(weight) for weight in self._weights(leaf)]
+        return self._members[id(leaf.optimizer)]
 
-    def _weights(self, leaf: Leaf) -> Iterator[Weight]:
-        stepped = leaf.stepped()
-        if not stepped:
-            return
-        names = _names(self._model)
-        groups = {
-            id(parameter): _label(leaf.optimizer, group)
-            for group in leaf.optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for each in stepped:
-            name = names.get(id(each.weight)) or names.get(id(each.parameter), "")
-            yield Weight(name, groups.get(id(each.parameter), ""))
+
+def _weights(leaf: Leaf, names: Mapping[int, str]) -> list[Weight]:
+    """Name and group of what an optimizer steps on this rank."""
+    stepped = leaf.stepped()
+    if not stepped:  # a stub has no groups
+        return []
+    groups = {
+        id(parameter): _label(leaf.optimizer, group)
+        for group in leaf.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return [
+        Weight(
+            names.get(id(each.weight)) or names.get(id(each.parameter), ""),
+            groups.get(id(each.parameter), ""),
+        )
+        for each in stepped
+    ]
 
 
 def _names(model: Sequence[Any]) -> dict[int, str]:
@@ -75,9 +81,10 @@ def _names(model: Sequence[Any]) -> dict[int, str]:
 
 
 def _in_the_whole(name: str, numbers: Mapping[str, str]) -> str:
-    words = name.split(".")
-    for end in range(1, len(words)):
-        if (number := numbers.get(".".join(name.split(".")[:end]))) is not None:
+    local = name.split(".")
+    words = list(local)
+    for end in range(1, len(local)):
+        if (number := numbers.get(".".join(local[:end]))) is not None:
             words[end - 1] = number
     return ".".join(word for word in words if word != "module")
 
@@ -92,9 +99,3 @@ def _label(optimizer: Any, group: Mapping[str, Any]) -> str:
     if (factor := group.get("lr_mult", 1.0)) != 1.0:
         words.append(f"lr-times-{factor:g}")
     return tag_of("-".join(words))
-
-
-def _gather(mine: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -228,7 +227,7 @@ class ObservedStep:
         )
         if failed or seen.skipped or lr == 0.0:
             self.line.release()
-            return seen.with_parts(dataclasses.replace(seen, part=name) for name in self._parts)
+            return seen.with_parts(self._parts)
         loss, _ = schedule.reduce(schedule.losses, None, per_token=schedule.per_token)
         clip = self._clip_coefficient(grad_norm)
         sums = self.line.products(clip)
@@ -236,24 +235,14 @@ class ObservedStep:
         agreed = torch.cat((sums.flatten(), sums.new_tensor([clip])))
         dist.broadcast(agreed, src=0)
         clip = agreed[-1].item()
-
-        def along(row: list[float], part: str = "") -> Step:
-            products = StepProducts(*row)
-            return dataclasses.replace(
-                seen,
-                trained=trained,
-                training_loss=loss if trained else None,
-                terms=schedule.terms,
-                slope=products.decrease / lr / clip,
-                noise=products.noise(clip),
-                resolution=products.resolution(lr),
-                update_norm=math.sqrt(products.squared_update) / lr,
-                part=part,
-            )
-
-        whole, *rows = agreed[:-1].view_as(sums).tolist()
-        parts = (along(*found) for found in zip(rows, self._parts, strict=True))
-        return along(whole).with_parts(parts)
+        seen = dataclasses.replace(
+            seen,
+            trained=trained,
+            training_loss=loss if trained else None,
+            terms=schedule.terms,
+        ).with_parts(self._parts)
+        rows = agreed[:-1].view_as(sums).tolist()
+        return seen.along([StepProducts(*row) for row in rows], clip)
 
     def _end(self) -> None:
         """Take θ_{t+1}, once, where the weights are what the step has left.

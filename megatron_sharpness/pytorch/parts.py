@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.parts import Weight, parts_of, tag_of
+from megatron_sharpness.core.replay import of_all_ranks
 
 #: What wrappers of a model put into the names of its parameters.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -41,7 +40,7 @@ class PartsOfModel:
                 "parts", chosen, "the optimizer steps tensors that the model has under no name; "
                 "give parts='groups', or leave it out",
             )  # fmt: skip
-        parts = parts_of(chosen, list(weights.values()), _gather)
+        parts = parts_of(chosen, list(weights.values()), of_all_ranks)
         self.names = parts.names
         self._members = {key: parts.of(weight) for key, weight in weights.items()}
 
@@ -72,11 +71,3 @@ def _weights(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, Wei
 
 def _unwrapped(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
-
-
-def _gather(mine: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [mine]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found

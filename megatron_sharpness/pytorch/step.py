@@ -345,37 +345,25 @@ class ObservedStep:
             failed=first_error(error) if failed else None,
             started=started,
         )
-        seen = seen.with_parts(dataclasses.replace(seen, part=name) for name in self._parts)
+        seen = seen.with_parts(self._parts)
         if failed or skipped or lr == 0.0:
             return seen
         sums = torch.stack([seen.products.cpu() for seen in stepped]).sum(dim=0)
         summed = all_sum(sums.flatten(), collective_device()).view_as(sums)
-        products, *of_parts = (StepProducts(*row) for row in summed.tolist())
+        products = [StepProducts(*row) for row in summed.tolist()]
         # A fused optimizer under loss scaling decides on the device whether it steps.
-        if products.squared_update == 0.0:
+        if products[0].squared_update == 0.0:
             return dataclasses.replace(seen, skipped=NOT_MOVED)
         clip = 1.0
         if grad_norm is not None and 0.0 < (norm := float(whole(grad_norm))) < math.inf:
-            clip = math.sqrt(products.squared_gradient) / norm
+            clip = math.sqrt(products[0].squared_gradient) / norm
         try:
             training_loss = training_loss_of(loss) if trained else None
         except ProbeError as caught:
             return dataclasses.replace(seen, failed=str(caught))
-
-        def along(products: StepProducts, part: str = "") -> Step:
-            return dataclasses.replace(
-                seen,
-                training_loss=training_loss,
-                slope=None if no_slope else products.decrease / lr / clip if clip else 0.0,
-                noise=products.noise(clip) if clip else 0.0,
-                resolution=products.resolution(lr),
-                update_norm=math.sqrt(products.squared_update) / lr,
-                part=part,
-                parts=(),
-            )
-
-        parts = (along(*found) for found in zip(of_parts, self._parts, strict=True))
-        return along(products).with_parts(parts)
+        seen = dataclasses.replace(seen, training_loss=training_loss).with_parts(self._parts)
+        seen = seen.along(products, clip)
+        return seen.without_slope() if no_slope else seen
 
 
 def _beta1(optimizers: Sequence[Optimizer]) -> float | None:

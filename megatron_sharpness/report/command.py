@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 from megatron_sharpness.core.errors import InputError
-from megatron_sharpness.core.measurement import TRAIN
+from megatron_sharpness.core.measurement import PART, TRAIN
 from megatron_sharpness.report.events import read_tensorboard, read_tensorboard_beside
 from megatron_sharpness.report.parts import format_parts
 from megatron_sharpness.report.records import (
-    PART,
     Logged,
     Run,
     read_batches,

@@ -30,7 +30,7 @@ class PartOfRun:
     measurements: int
 
 
-def parts_of(run: Run) -> list[PartOfRun]:
+def ranked(run: Run) -> list[PartOfRun]:
     """Those that were measured, the one that breaks first first; without a number last."""
     found = [PartOfRun(name, *_median(records[-RECENT:])) for name, records in run.parts.items()]
     return sorted(found, key=lambda part: -part.ratio if part.measurements else math.inf)
@@ -48,7 +48,7 @@ def _median(records: list[Record]) -> tuple[float, int]:
 
 def format_parts(run: Run) -> str:
     """A line a part, and which of them limits the learning rate."""
-    parts = parts_of(run)
+    parts = ranked(run)
     first = parts[0]
     width = max(len(part.name) for part in parts)
     lines = [f"parts alone, median of their last {first.measurements} measurements:"]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sharpness.core.errors import InputError
-from megatron_sharpness.core.measurement import STATUSES, TRAIN
+from megatron_sharpness.core.measurement import STATUSES, TRAIN, name_of
 
 Record = dict[str, Any]  # one measurement, by the names of measurement.py
 Array = NDArray[np.float64]
@@ -120,10 +120,6 @@ def read_records(path: Path) -> list[Record]:
     return read_batches(path)[TRAIN]
 
 
-#: Before the name of a part of the model in what :func:`read_batches` returns.
-PART = "part/"
-
-
 def read_batches(path: Path) -> dict[str, list[Record]]:
     """The measurements on the training batch, ``train``, on other data, and of parts of the model,
     each by iteration, under the names that :attr:`Measurement.name` has.
@@ -144,8 +140,7 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
                 f"RUN {path}, line {number}: not a measurement ({error}); delete the line if a "
                 f"killed run cut it short, or {WHERE}"
             ) from None
-        part = record.get("part")
-        name = record.get("batch", TRAIN) if part is None else f"{PART}{part}"
+        name = name_of(record.get("batch", TRAIN), record.get("part"))
         found.setdefault(name, {})[record["iteration"]] = record
     if not found[TRAIN]:
         raise InputError(
