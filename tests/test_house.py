@@ -14,8 +14,8 @@ PACKAGE = Path(megatron_sharpness.__file__).parent
 FLOORS = (
     ("cli",),
     ("megatron", "trainers", "sweeps", "estimate"),
-    ("pytorch", "adaptive_mix", "report", "arguments"),
-    ("data", "reference"),
+    ("pytorch", "adaptive_mix", "arguments"),
+    ("data", "reference", "report"),
     ("sinks",),
     ("core",),
 )

@@ -270,6 +270,8 @@ def train(
             save_checkpoint(args, model, optimizer, sharpness, mix, iteration, consumed)
     if frozen is not None:
         frozen.finish(lambda line: say(args, line))
+    if sharpness is not None:
+        sharpness.close()
     if writer is not None:
         writer.close()
 

@@ -16,6 +16,7 @@ from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings, check_sinks
+from megatron_sharpness.report.verdict import log_verdict
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 try:
@@ -157,6 +158,11 @@ class CriticalSharpnessCallback(Callback):
                 )
             changed = watch.changes(current_device()) if watch is not None else None
             self._meter.write(records, changed)
+
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        if self._settings.every:
+            log_verdict(self._meter.sinks)
 
 
 def _options(context: CallbackContext) -> SimpleNamespace:

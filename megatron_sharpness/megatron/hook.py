@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import inspect
@@ -54,6 +55,7 @@ from megatron_sharpness.megatron.support import (
     refuse_unsupported,
     self_tested_here,
 )
+from megatron_sharpness.report.verdict import log_verdict
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: What the hook replaces or calls in Megatron, beside what it imports by name.
@@ -138,10 +140,12 @@ class MeasuredTrainStep:
     def meter(self) -> Meter:
         """Made at the first step, when Megatron's writers and loaded state are there."""
         if self._meter is None:
-            is_writer = dist.get_rank() == dist.get_world_size() - 1
+            sinks = _sinks() if dist.get_rank() == dist.get_world_size() - 1 else []
+            if self._frozen is None:
+                atexit.register(log_verdict, sinks)  # Megatron ends in more than one place
             self._meter = Meter(
                 self._settings,
-                sinks=_sinks() if is_writer else (),
+                sinks=sinks,
                 warn=printing_on(dist.get_world_size() - 1),
                 self_tested=self_tested_here(get_args()),
             )

@@ -26,6 +26,7 @@ from megatron_sharpness.pytorch.support import (
     optimizers_in,
     refuse_unsupported,
 )
+from megatron_sharpness.report.verdict import log_verdict
 
 
 class CriticalSharpness:
@@ -199,10 +200,13 @@ class CriticalSharpness:
         return self.records.scalars()
 
     def close(self) -> None:
-        """Observe no further step, and leave model and optimizer without a hook."""
+        """Observe no further step, and leave model and optimizer without a hook. Where records go
+        to a console and to JSON lines, the verdict on the run is said."""
         if self._observed is not None:
             self._observed.release()
             self._observed = None
+        if self._frozen is None:
+            log_verdict(self._meter.sinks)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to measure what an uninterrupted one does; plain numbers."""

@@ -17,9 +17,12 @@ from megatron_sharpness.report.records import (
     records_file,
     run_name,
 )
-from megatron_sharpness.report.table import format_status, format_table
+from megatron_sharpness.report.table import format_runs, format_status, format_table
+from megatron_sharpness.report.verdict import verdict_of
 
 SUFFIXES = (".png", ".html")
+#: So many measurements of one run are printed.
+LAST = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or launch/fsdp/train.py printed",
     )
     parser.add_argument(
+        "--preconditioned",
+        action="store_true",
+        help="several runs: draw the edge of stability of the pre-conditioned Hessian too",
+    )
+    parser.add_argument(
         "--last",
         type=int,
-        default=10,
         metavar="N",
-        help="print the last N measurements (default: %(default)s)",
+        help=f"print the last N measurements (default: {LAST} of one run, none of several)",
     )
 
 
@@ -78,25 +85,32 @@ def run(arguments: argparse.Namespace) -> None:
         if path.suffix == ".png":
             from megatron_sharpness.report.figure import draw
 
-            draw(runs, path)
+            draw(runs, path, preconditioned=arguments.preconditioned)
         else:
             from megatron_sharpness.report.page import write
 
-            write(runs, path)
+            write(runs, path, preconditioned=arguments.preconditioned)
 
-    for each in runs:
+    if len(runs) > 1:
+        print(format_runs(runs))
+        print("".join(f"{run.name}: {note}\n" for run in runs for note in run.logged.notes))
+    for each in runs if len(runs) == 1 or arguments.last is not None else ():
         if len(runs) > 1:
             print(each.name)
-        print(format_table(each.records[-arguments.last :]))
-        parts = [format_parts(each)] if each.parts else []
-        print("\n".join([format_status(each), *parts, *each.logged.notes, ""]))
+        print(format_table(each.records[-(arguments.last or LAST) :]))
+        print(format_status(each), verdict_of(each), sep="\n")
+        if each.parts:
+            print(format_parts(each))
+        if len(runs) == 1:
+            print(*each.logged.notes, sep="\n")
+        print()
     for path in arguments.out:
         print(path)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is read."""
-    if arguments.last < 1:
+    if arguments.last is not None and arguments.last < 1:
         raise InputError(f"--last {arguments.last}: must be at least 1")
     for path in arguments.out:
         if path.suffix not in SUFFIXES:

@@ -6,6 +6,7 @@ and legend of a panel carry its number.
 
 from __future__ import annotations
 
+import itertools
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -20,23 +21,28 @@ from megatron_sharpness.report.figure import (
     GRID,
     INK,
     MUTED,
+    PART_COLORS,
     RUN_COLORS,
     VERMILION,
+    losses_far_apart,
 )
-from megatron_sharpness.report.records import Array, Record, Run
+from megatron_sharpness.report.records import Array, Record, Run, column
 from megatron_sharpness.report.stages import (
     ABOVE_EDGE,
     BELOW_EDGE,
     EARLY_REDUCTION,
     EDGE_OF_STABILITY,
+    INTERMEDIATE_SATURATION,
     PROGRESSIVE_SHARPENING,
     TOO_FEW,
     Stages,
+    smoothed,
 )
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 STAGE_COLORS = {
     EARLY_REDUCTION: "#BFDDF0",
+    INTERMEDIATE_SATURATION: "#CFE5C9",
     PROGRESSIVE_SHARPENING: "#F8DFA5",
     EDGE_OF_STABILITY: "#F0B48C",
     ABOVE_EDGE: "#DDB4CB",
@@ -45,19 +51,22 @@ STAGE_COLORS = {
 _SYMBOLS = "x-thin triangle-up square diamond triangle-down cross star circle cross-thin"
 MISSED_SYMBOLS = dict(zip(MISSED, _SYMBOLS.split(), strict=True))
 
-STAGES, SHARPNESS, RATE, RATIO, LOSS, EVALUATIONS, SECONDS = range(1, 8)
-MARKS = 8  # in the panel of λ_c: a y axis from 0 at its foot to 1, and a legend below it
-LOGARITHMIC = (SHARPNESS, RATE)
+STAGES, SHARPNESS, RATE, RATIO, PARTS, LOSS, EVALUATIONS, SECONDS = range(1, 9)
+MARKS = 9  # in the panel of λ_c: a y axis from 0 at its foot to 1, and a legend below it
+LOGARITHMIC = (SHARPNESS, RATE, RATIO, PARTS)
 TITLES = {
     STAGES: "Stages",
     SHARPNESS: "Critical sharpness",
     RATE: "Learning rate",
     RATIO: "Learning rate over critical learning rate, η/η<sub>c</sub>",
+    PARTS: "Learning rate over critical, of each part of the model alone",
     LOSS: "Loss",
     EVALUATIONS: "Forward passes a measurement",
     SECONDS: "Seconds a measurement",
 }
-HEIGHTS = {SHARPNESS: 340, RATE: 230, RATIO: 210, LOSS: 210, EVALUATIONS: 120, SECONDS: 120}
+HEIGHTS = {
+    SHARPNESS: 340, RATE: 230, RATIO: 210, PARTS: 260, LOSS: 210, EVALUATIONS: 120, SECONDS: 120,
+}  # fmt: skip
 STAGE_HEIGHT, GAP, TOP, BOTTOM, LEGEND_ROW = 30, 60, 32, 52, 24  # pixels
 IN_A_ROW = 5  # names that fit beside each other in a legend on a narrow screen
 
@@ -67,16 +76,24 @@ EDGE_NAME = "edge of stability 2/η − γ"
 TWIN_NAME = "pre-conditioned edge"
 
 
-def curves(runs: list[Run], stages: list[Stages]) -> dict[str, Any]:
-    """Traces and layout of all runs, in plotly's form."""
+def curves(runs: list[Run], stages: list[Stages], *, preconditioned: bool) -> dict[str, Any]:
+    """Traces and layout of all runs, in plotly's form.
+
+    Args:
+        runs: which.
+        stages: of each.
+        preconditioned: whether several runs have the pre-conditioned line too, as one run has.
+    """
     several = len(runs) > 1
-    data = [*_stage_bars(runs, stages), _too_short(runs, stages), _line_at_one(runs)]
+    data = [*_stage_bars(runs, stages), _too_short(runs, stages)]
+    data += [_line_at_one(runs, panel) for panel in (RATIO, PARTS) if panel in _heights(runs)]
     for number, run in enumerate(runs):
-        data += _curves_of(run, number, several)
+        data += _curves_of(run, number, several, preconditioned or not several)
+    data += _curves_of_parts(runs)
     marks = _missed_marks(runs) + _catapult_marks(runs, stages)
     data += marks
     if several:
-        data += _key()
+        data += _key(preconditioned)
     return {"data": data, "layout": _layout(runs, len(marks))}
 
 
@@ -85,9 +102,17 @@ def run_color(number: int) -> str:
     return RUN_COLORS[number % len(RUN_COLORS)]
 
 
+def _heights(runs: list[Run]) -> dict[int, int]:
+    """The panels from the top down and their heights; parts are drawn of one run alone."""
+    heights = {STAGES: STAGE_HEIGHT * len(runs), **HEIGHTS}
+    if len(runs) > 1 or not runs[0].parts:
+        del heights[PARTS]
+    return heights
+
+
 def _layout(runs: list[Run], marks: int) -> dict[str, Any]:
     several = len(runs) > 1
-    heights = {STAGES: STAGE_HEIGHT * len(runs), **HEIGHTS}
+    heights = _heights(runs)
     below_sharpness = LEGEND_ROW * -(-marks // IN_A_ROW)
     inner = sum(heights.values()) + GAP * (len(heights) - 1) + below_sharpness
     top = TOP + (LEGEND_ROW * -(-len(runs) // IN_A_ROW) if several else 0)  # the runs' names
@@ -113,7 +138,7 @@ def _layout(runs: list[Run], marks: int) -> dict[str, Any]:
         if panel != SHARPNESS:
             layout[f"xaxis{panel}"]["matches"] = f"x{SHARPNESS}"
         layout[f"yaxis{panel}"] = {**line, **ticks, "anchor": f"x{panel}", "domain": domain}
-        if panel in LOGARITHMIC:
+        if panel in LOGARITHMIC or (panel == LOSS and several and losses_far_apart(runs)):
             layout[f"yaxis{panel}"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
         layout["annotations"].append(
             {
@@ -162,7 +187,7 @@ def _layout(runs: list[Run], marks: int) -> dict[str, Any]:
         "fixedrange": True,
         "visible": False,
     }
-    for panel in (RATIO, EVALUATIONS, SECONDS):
+    for panel in (EVALUATIONS, SECONDS):
         layout[f"yaxis{panel}"]["rangemode"] = "tozero"
     layout[f"xaxis{SECONDS}"]["title"] = {"text": "iteration", "font": {"size": 13}}
     if several:  # the names of the runs stand above all; what they do not name is no switch
@@ -182,8 +207,9 @@ def _axes(panel: int) -> dict[str, Any]:
     return {"xaxis": f"x{panel}", "yaxis": f"y{panel}", "legend": f"legend{panel}"}
 
 
-def _curves_of(run: Run, number: int, several: bool) -> list[dict[str, Any]]:
-    """The curves of one run: in its colour, or in those of the figure if it is the only one."""
+def _curves_of(run: Run, number: int, several: bool, twins: bool) -> list[dict[str, Any]]:
+    """The curves of one run: in those of the figure if it is the only one, or in its colour, with
+    running medians among faint dots for λ_c and η/η_c."""
     own = run_color(number)
     blue, vermilion, green = (own, own, own) if several else (BLUE, VERMILION, GREEN)
     edge_dash, twin_dash = (DASHED, DOTTED) if several else ("solid", DASHED)
@@ -219,23 +245,31 @@ def _curves_of(run: Run, number: int, several: bool) -> list[dict[str, Any]]:
     sharpness = run.column("critical_sharpness")
     edge = run.column("edge_of_stability")
     twin = run.column("edge_of_stability_preconditioned")
+    ratio = run.column("lr_over_critical")
     result = [
-        curve(SHARPNESS, iteration, twin, vermilion, twin_style, TWIN_NAME),
         curve(SHARPNESS, iteration, edge, vermilion, edge_style, EDGE_NAME),
-        curve(SHARPNESS, iteration, sharpness, blue, points, SHARPNESS_NAME),
         curve(RATE, lr.iteration, lr.values, vermilion, logged, "η"),
-        curve(RATIO, iteration, run.column("lr_over_critical"), blue, points),
         curve(LOSS, loss.iteration, loss.values, green, logged),
         curve(EVALUATIONS, iteration, run.column("evaluations"), blue, points),
         curve(SECONDS, iteration, run.column("seconds"), blue, points),
     ]
+    if twins:
+        result.append(curve(SHARPNESS, iteration, twin, vermilion, twin_style, TWIN_NAME))
     if several:
-        result[2] |= {
-            "name": escape(run.name),
-            "showlegend": True,
-            "legend": f"legend{STAGES}",
-        }
+        faint = points | {"mode": "markers", "opacity": 0.35}
+        level = {"mode": "lines", "hoverinfo": "skip"}
+        named = {"name": escape(run.name), "showlegend": True, "legend": f"legend{STAGES}"}
+        result += [
+            curve(SHARPNESS, iteration, sharpness, blue, faint),
+            curve(SHARPNESS, iteration, smoothed(sharpness), blue, level) | named,
+            curve(RATIO, iteration, ratio, blue, faint),
+            curve(RATIO, iteration, smoothed(ratio), blue, level),
+        ]
     else:
+        result += [
+            curve(SHARPNESS, iteration, sharpness, blue, points, SHARPNESS_NAME),
+            curve(RATIO, iteration, ratio, blue, points),
+        ]
         rate = run.column("critical_lr")
         bracket = {
             "type": "data",
@@ -250,7 +284,30 @@ def _curves_of(run: Run, number: int, several: bool) -> list[dict[str, Any]]:
     return result
 
 
-def _line_at_one(runs: list[Run]) -> dict[str, Any]:
+def _curves_of_parts(runs: list[Run]) -> list[dict[str, Any]]:
+    """η/η_c of each part's update alone, and of the whole update."""
+    if PARTS not in _heights(runs):
+        return []
+    (run,) = runs
+    named = [("whole", run.records, BLUE)]
+    named += [(n, r, c) for (n, r), c in zip(run.parts.items(), itertools.cycle(PART_COLORS))]
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": column(records, "iteration"),
+            "y": column(records, "lr_over_critical"),
+            "name": escape(name),
+            "hovertemplate": f"{escape(name)}, iteration %{{x}}: %{{y:.3g}}<extra></extra>",
+            "marker": {"size": 4},
+            "line": {"color": color, "width": 2.2 if name == "whole" else 1.4},
+            **_axes(PARTS),
+        }
+        for name, records, color in named
+    ]
+
+
+def _line_at_one(runs: list[Run], panel: int) -> dict[str, Any]:
     """η = η_c: above it the step raises the loss."""
     ends = [run.records[i]["iteration"] for run in runs for i in (0, -1)]
     return {
@@ -261,12 +318,14 @@ def _line_at_one(runs: list[Run]) -> dict[str, Any]:
         "line": {"color": MUTED, "width": 1.2},
         "hoverinfo": "skip",
         "showlegend": False,
-        **_axes(RATIO),
+        **_axes(panel),
     }
 
 
-def _key() -> list[dict[str, Any]]:
+def _key(preconditioned: bool) -> list[dict[str, Any]]:
     """What solid, dashed and dotted lines are, where colours stand for the runs."""
+    kinds = [(f"{SHARPNESS_NAME}, running median", "solid"), (EDGE_NAME, DASHED)]
+    kinds += [(TWIN_NAME, DOTTED)] * preconditioned
     return [
         {
             "type": "scatter",
@@ -278,7 +337,7 @@ def _key() -> list[dict[str, Any]]:
             "showlegend": True,
             **_axes(SHARPNESS),
         }
-        for name, dash in ((SHARPNESS_NAME, "solid"), (EDGE_NAME, DASHED), (TWIN_NAME, DOTTED))
+        for name, dash in kinds
     ]
 
 
@@ -389,7 +448,7 @@ def _catapult_marks(runs: list[Run], stages: list[Stages]) -> list[dict[str, Any
     """A ring around λ_c at the peak of each catapult event."""
     x, y, text = [], [], []
     for run, its in zip(runs, stages, strict=True):
-        sharpness = {record["iteration"]: record["critical_sharpness"] for record in run.records}
+        sharpness = {record["iteration"]: record.get("critical_sharpness") for record in run.records}
         for event in its.catapults:
             x.append(event.peak)
             y.append(sharpness[event.peak])

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import MISSED
 from megatron_sharpness.report.records import Array, Record, Run, column
+from megatron_sharpness.report.stages import smoothed
 
 # Okabe and Ito's blue, vermilion and green: told apart by colour-blind readers too
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#00795C"
@@ -47,18 +48,21 @@ STYLE = {
     "lines.markersize": 4,
 }
 MISSED_MARKERS = dict(zip(MISSED, "x^sDvP*o+", strict=True))
+LOGARITHMIC_FROM = 10.0  # largest over smallest loss of an overlay
 DOTTED_UP_TO = 120  # measurements; more of them are a line without dots
 
 
-def draw(runs: list[Run], path: Path) -> None:
+def draw(runs: list[Run], path: Path, *, preconditioned: bool = False) -> None:
     """Draw the measurements into ``path``, a PNG.
 
     One run, 1600 × 1400 pixels, from top to bottom: critical sharpness λ_c = 2/η_c (Definition
     2.1) with the edge of stability 2/η − γ and its pre-conditioned twin (Result 3.1); the critical
     learning rate η_c with its bracket, beside the learning rate η; the loss.
 
-    Several runs, 1600 × 2200 pixels, one colour a run: λ_c with both lines, η/η_c, η, the loss,
-    and what a measurement costs in forward passes and in seconds.
+    Several runs, 1600 × 2200 pixels, one colour a run: λ_c with its line, and its pre-conditioned
+    twin where ``preconditioned`` asks for it, η/η_c, both as running medians among faint dots for
+    the measurements themselves, η, the loss, and what a measurement costs in forward passes and in
+    seconds.
 
     Where parts of the model were measured, one run has η/η_c of each part's update alone, too.
 
@@ -75,7 +79,7 @@ def draw(runs: list[Run], path: Path) -> None:
         if len(runs) == 1:
             _draw_run(figure, runs[0])
         else:
-            _draw_overlay(figure, runs)
+            _draw_overlay(figure, runs, preconditioned)
 
 
 @contextlib.contextmanager
@@ -182,7 +186,7 @@ def _draw_parts(axes: Any, run: Run) -> None:
     _curve(axes, ends, np.ones(2), r"$\eta=\eta_c$", **edge)
 
 
-def _draw_overlay(figure: Any, runs: list[Run]) -> None:
+def _draw_overlay(figure: Any, runs: list[Run], preconditioned: bool) -> None:
     from matplotlib.lines import Line2D
 
     panels = figure.subplot_mosaic(
@@ -190,15 +194,11 @@ def _draw_overlay(figure: Any, runs: list[Run]) -> None:
         height_ratios=[1.7, 1.2, 1, 1.2, 0.8],
     )
     colors = [RUN_COLORS[number % len(RUN_COLORS)] for number in range(len(runs))]
-    dashes = {
-        "edge_of_stability": (0, (5, 2)),
-        "edge_of_stability_preconditioned": (0, (1, 1.5)),
-    }
-    kinds = [
-        "$\\lambda_c=2/\\eta_c$",
-        "edge of stability $2/\\eta-\\gamma$",
-        "pre-conditioned edge",
-    ]
+    dashes: dict[str, Any] = {"edge_of_stability": (0, (5, 2))}
+    kinds = ["$\\lambda_c=2/\\eta_c$, running median", "edge of stability $2/\\eta-\\gamma$"]
+    if preconditioned:
+        dashes["edge_of_stability_preconditioned"] = (0, (1, 1.5))
+        kinds.append("pre-conditioned edge")
     columns, row = min(4, len(runs)), 0.02
     names_height = row * -(-len(runs) // columns)
     for labels, handles, y, ncols in (
@@ -231,7 +231,7 @@ def _draw_overlay(figure: Any, runs: list[Run]) -> None:
     }
     for name, axes in panels.items():
         axes.set_title(titles[name])
-        if name in ("sharpness", "rate"):
+        if name in ("sharpness", "ratio", "rate") or (name == "loss" and losses_far_apart(runs)):
             axes.set_yscale("log")
         if name != "sharpness":
             axes.sharex(panels["sharpness"])
@@ -254,19 +254,26 @@ def _draw_overlay(figure: Any, runs: list[Run]) -> None:
                 linewidth=1.2,
                 linestyle=dash,
             )
-        for name, field in (
-            ("sharpness", "critical_sharpness"),
-            ("ratio", "lr_over_critical"),
-            ("evaluations", "evaluations"),
-            ("seconds", "seconds"),
-        ):
-            _curve(panels[name], iteration, run.column(field), run.name, color=color, **dots)
+        for name, field in (("sharpness", "critical_sharpness"), ("ratio", "lr_over_critical")):
+            values = run.column(field)
+            scattered = {"color": color, "marker": ".", "linestyle": "none", "alpha": 0.3}
+            _curve(panels[name], iteration, values, run.name, **scattered)
+            _curve(panels[name], iteration, smoothed(values), run.name, color=color)
+        for name in ("evaluations", "seconds"):
+            _curve(panels[name], iteration, run.column(name), run.name, color=color, **dots)
         for name, logged in (("rate", run.curve("lr")), ("loss", run.curve("loss"))):
             _curve(panels[name], logged.iteration, logged.values, run.name, color=color)
         _mark_missed(panels["sharpness"], run.records, color, height=0.035 * number)
     _name_missed(panels["sharpness"], [record for run in runs for record in run.records])
     for name in ("evaluations", "seconds"):
         panels[name].set_ylim(bottom=0)
+
+
+def losses_far_apart(runs: list[Run]) -> bool:
+    """Whether a logarithmic axis is needed to see all losses: where one has diverged, or vanishes."""
+    values = np.concatenate([run.curve("loss").values for run in runs])
+    values = values[np.isfinite(values) & (values > 0.0)]
+    return bool(len(values)) and np.max(values) > LOGARITHMIC_FROM * np.min(values)
 
 
 def _curve(axes: Any, x: Array, y: Array, label: str, **style: Any) -> None:

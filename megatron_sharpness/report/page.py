@@ -23,12 +23,15 @@ from megatron_sharpness.report.stages import (
     stages_of,
     where_it_stands,
 )
+from megatron_sharpness.report.verdict import RULE as VERDICT_RULE
+from megatron_sharpness.report.verdict import RULES as VERDICT_RULES
+from megatron_sharpness.report.verdict import verdict_of
 
 BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
 
 
-def write(runs: list[Run], path: Path) -> None:
-    """Write the page of ``runs`` into ``path``.
+def write(runs: list[Run], path: Path, *, preconditioned: bool = False) -> None:
+    """Write the page of ``runs`` into ``path``, several with the pre-conditioned line if asked for.
 
     Raises:
         InputError: ``path`` cannot be written, or plotly is missing.
@@ -58,9 +61,13 @@ def write(runs: list[Run], path: Path) -> None:
             f"<dt>{_swatch(name)}{name}</dt><dd>{_html(rule)}</dd>" for name, rule in RULES.items()
         ),
         noise_rule=_html(NOISE_RULE),
+        verdict_rules="\n".join(
+            f"<dt>{name}</dt><dd>{_html(rule)}</dd>" for name, rule in VERDICT_RULES.items()
+        ),
+        verdict_rule=_html(VERDICT_RULE),
         plotly=get_plotlyjs(),
         curves=to_html(
-            curves(runs, stages),
+            curves(runs, stages, preconditioned=preconditioned),
             config={"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]},
             include_plotlyjs=False,
             full_html=False,
@@ -84,12 +91,19 @@ def _row(run: Run, stages: Stages, color: str) -> str:
     cells = (
         f'<span class="run" style="background:{color}"></span>{escape(run.name)}',
         f"<b>{len(run.records)}</b><br>{statuses}",
+        _verdict(run),
         f"<b>{where_it_stands(run)}</b>",
         f"<ul>{parts}</ul>" if parts else "–",
         f"<ul>{events}</ul>" if events else "none",
         f"{_median(run, 'evaluations')} forward passes<br>{_median(run, 'seconds')} s",
     )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _verdict(run: Run) -> str:
+    verdict = verdict_of(run)
+    told = "".join(f"<li>{_html(sentence)}</li>" for sentence in verdict.sentences)
+    return f"<details><summary><b>{verdict.name}</b></summary><ul>{told}</ul></details>"
 
 
 def _html(text: str) -> str:
@@ -136,10 +150,12 @@ th { color: $muted; font-weight: 500; text-align: left; }
 th, td { padding: 7px 18px 7px 0; border-bottom: 1px solid $grid; vertical-align: top; }
 td:first-child { font-weight: 600; overflow-wrap: break-word; }
 ul { margin: 0; padding: 0; list-style: none; }
-td:nth-child(2), td:nth-child(4), td:last-child { white-space: nowrap; }
+td:nth-child(2), td:nth-child(5), td:last-child { white-space: nowrap; }
 i { color: $muted; font-style: normal; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 24px; max-width: 75em; }
 dd { margin: 0; }
+summary { cursor: pointer; }
+details li { margin-top: 6px; color: $muted; }
 .run { display: inline-block; width: 16px; height: 3px; margin-right: 8px; vertical-align: middle; }
 .stage { display: inline-block; width: 11px; height: 11px; margin-right: 7px; border-radius: 2px; }
 </style>
@@ -150,7 +166,7 @@ dd { margin: 0; }
 optimizer’s own update would raise the loss of its batch (Kalra et al. 2026, arXiv 2601.16979).
 Where η/η<sub>c</sub> is above 1, the step just made has raised it.</p>
 <table>
-<thead><tr><th>run</th><th>measurements</th><th>stands now</th><th>stages, by iteration</th>
+<thead><tr><th>run</th><th>measurements</th><th>verdict</th><th>λ<sub>c</sub> now</th><th>stages, by iteration</th>
 <th>catapult events, by iteration</th><th>cost, median</th></tr></thead>
 <tbody>
 $rows
@@ -159,9 +175,14 @@ $rows
 <script>$plotly</script>
 $curves
 <p>$notes</p>
+<h2>How the verdict is found</h2>
+<p>These are rules of thumb of this program, not the paper’s.</p>
+<dl>
+$verdict_rules
+</dl>
+<p>$verdict_rule</p>
 <h2>How the stages are found</h2>
-<p>These are rules of thumb of this program, not the paper’s. Mini-batch training usually stays
-below the line, at η/η<sub>c</sub> of 0.25 to 0.75.</p>
+<p>So are these. Mini-batch training usually stays below the line.</p>
 <dl>
 $rules
 </dl>

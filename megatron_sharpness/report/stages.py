@@ -23,8 +23,13 @@ Each measurement is in the first of these stages that fits:
 - ``EARLY_REDUCTION``: the first falling trend, if it begins in the first ``EARLY`` of the run, and
   what is before it.
 - ``PROGRESSIVE_SHARPENING``: a rising trend.
-- ``BELOW_EDGE``: none of these, so λ_c is below the line and steady, or falling later on. Fewer
-  than ``LEAST`` measurements of it in a row are counted to the stage before.
+- ``INTERMEDIATE_SATURATION``: none of these, before the first ``PROGRESSIVE_SHARPENING``, if that is
+  half over while the line is within the factor ``BAND`` of its lowest: λ_c rests below the line, and
+  then rises by itself and not because the learning rate decays. Of a run that has not risen yet it
+  cannot be told.
+- ``BELOW_EDGE``: none of these otherwise, so λ_c is below the line and steady, or falling later on.
+
+Fewer than ``LEAST`` measurements in a row of the last two are counted to the stage before.
 
 Fewer than ``LEAST`` measurements that found η_c are ``TOO_FEW``.
 
@@ -52,6 +57,7 @@ from megatron_sharpness.report.records import Array, Curve, Run
 EARLY_REDUCTION = "early reduction"
 PROGRESSIVE_SHARPENING = "progressive sharpening"
 EDGE_OF_STABILITY = "edge of stability"
+INTERMEDIATE_SATURATION = "intermediate saturation"
 ABOVE_EDGE = "above the edge"
 BELOW_EDGE = "below the edge"
 TOO_FEW = "too few measurements to tell"
@@ -80,6 +86,8 @@ RULES = {
     EDGE_OF_STABILITY: f"λ_c stays within a factor of {BAND:g} of the line 2/η − γ for "
     f"{EDGE_LEAST} measurements or more, and {TOUCHING:.0%} of them reach {TOUCH:g} of it.",
     ABOVE_EDGE: f"λ_c stays above the line by more than a factor of {BAND:g}.",
+    INTERMEDIATE_SATURATION: "None of these: λ_c rests below the line before its first progressive "
+    "sharpening, which does not come from a decay of the learning rate.",
     BELOW_EDGE: "None of these: λ_c is below the line and steady, or falling later on.",
     "catapult event": f"λ_c is above the line by a factor of {CATAPULT:g} or more, and within "
     f"{CATAPULT_WITHIN} measurements falls below it and to {CATAPULT_FALL:.0%} of its peak. A loss "
@@ -185,10 +193,10 @@ def find_stages(
         return Stages((), ())
     iteration, log_sharpness = iteration[used], np.log(sharpness[used])
     log_ratio = log_sharpness - np.log(edge[used])
-    scatter = _scatter(log_sharpness)
+    scatter = scatter_of(log_sharpness)
 
     names = np.full(len(iteration), BELOW_EDGE, dtype=object)
-    level = _running_median(log_sharpness)
+    level = running_median(log_sharpness)
     trends = _trends(level, max(np.log(TREND), TREND_SCATTERS * scatter))
     for first, last in trends:
         rises = level[last] > level[first]
@@ -197,7 +205,7 @@ def find_stages(
             names[first : last + 1] = PROGRESSIVE_SHARPENING
         elif first < EARLY * len(level) and EARLY_REDUCTION not in names:
             names[: last + 1][names[: last + 1] == BELOW_EDGE] = EARLY_REDUCTION
-    ratio = _running_median(log_ratio)
+    ratio = running_median(log_ratio)
     names[ratio > np.log(BAND)] = ABOVE_EDGE
     for first, last in _stretches(np.abs(ratio) <= np.log(BAND)):
         touching = np.mean(log_ratio[first : last + 1] >= np.log(TOUCH))
@@ -207,6 +215,9 @@ def find_stages(
     for first, last in _stretches(names == BELOW_EDGE):
         if last - first + 1 < LEAST:
             names[first : last + 1] = names[first - 1] if first else names[last + 1]
+    for first, last in _stretches(names == PROGRESSIVE_SHARPENING)[:1]:
+        if edge[used][(first + last) // 2] <= BAND * np.min(edge[used]):
+            names[:first][names[:first] == BELOW_EDGE] = INTERMEDIATE_SATURATION
 
     starts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1), len(names)]
     stages = tuple(
@@ -220,7 +231,7 @@ def _three_digits(value: float) -> str:
     return f"{float(f'{value:.3g}'):g}"
 
 
-def _running_median(values: Array) -> Array:
+def running_median(values: Array) -> Array:
     """Median over a window around each value, which is cut off at both ends of the run.
 
     The number of values is even: at the edge of stability λ_c alternates from step to step, and the
@@ -237,7 +248,15 @@ def _running_median(values: Array) -> Array:
     return medians
 
 
-def _scatter(values: Array) -> float:
+def smoothed(values: Array) -> Array:
+    """The running median of what is positive and finite, on a logarithmic scale; NaN elsewhere."""
+    there = np.isfinite(values) & (values > 0.0)
+    result = np.full(len(values), np.nan)
+    result[there] = np.exp(running_median(np.log(values[there])))
+    return result
+
+
+def scatter_of(values: Array) -> float:
     """Standard deviation of independent noise on ``values``, not moved by outliers."""
     return float(1.4826 * np.median(np.abs(np.diff(values))) / np.sqrt(2))  # normal distribution
 

@@ -1,9 +1,16 @@
-"""Measurements as aligned text, and how a run stands in a line."""
+"""Measurements and runs as aligned text, and how a run stands in a line."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from megatron_sharpness.report.phases import stable_phase
 from megatron_sharpness.report.records import Record, Run
 from megatron_sharpness.report.stages import where_it_stands
+from megatron_sharpness.report.verdict import last_loss, verdict_of
 
 _COLUMNS = (  # heading, field, format
     ("iteration", "iteration", "d"),
@@ -22,14 +29,52 @@ _COLUMNS = (  # heading, field, format
 
 def format_table(records: list[Record]) -> str:
     """One line a record below a heading; ``-`` where a record holds no number."""
-    rows = [[heading for heading, _, _ in _COLUMNS]]
-    for record in records:
-        values = [(record.get(field), spec) for _, field, spec in _COLUMNS]
-        rows.append(["-" if value is None else format(value, spec) for value, spec in values])
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return _aligned(
+        [heading for heading, _, _ in _COLUMNS],
+        ([(record.get(field), spec) for _, field, spec in _COLUMNS] for record in records),
+    )
+
+
+def format_runs(runs: Iterable[Run]) -> str:
+    """One line a run by its peak learning rate, the lowest first: median and largest η/η_c in the
+    stable phase, λ_c at the end of it, the loss in the end, and the verdict."""
+    rows = []
+    for peak, run in sorted(((_peak(run), run) for run in runs), key=lambda pair: pair[0]):
+        stable = stable_phase(run)
+        numbers = [stable.median, stable.largest, stable.last_sharpness] if stable else [math.nan] * 3
+        rows.append(
+            [
+                (run.name, "s"),
+                *[(value, ".3g") for value in (peak, *numbers)],
+                (last_loss(run), ".4f"),
+                (verdict_of(run).name, "s"),
+            ]
+        )
+    headings = ["run", "peak lr", "median lr/η_c", "largest", "λ_c", "loss", "verdict"]
+    return _aligned(headings, rows, to_the_left=(0, 6))
+
+
+def _peak(run: Run) -> float:
+    """The largest learning rate."""
+    rates = run.curve("lr").values
+    return float(np.max(rates[np.isfinite(rates)], initial=0.0))
+
+
+def _aligned(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[tuple[float | str | None, str]]],
+    to_the_left: Sequence[int] = (),
+) -> str:
+    """Values with their formats below headings, a line a row; ``-`` for None and NaN."""
+    cells = [list(headings)]
+    cells += [["-" if value is None or value != value else format(value, spec) for value, spec in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+        "  ".join(
+            cell.ljust(width) if number in to_the_left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
     )
 
 

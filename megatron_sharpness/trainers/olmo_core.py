@@ -132,6 +132,12 @@ class CriticalSharpnessCallback(Callback):
         for tag, value in self._sharpness.scalars().items() if record is not None else ():
             self.trainer.record_metric(tag.replace("-", " "), value, namespace="optim")
 
+    def close(self) -> None:
+        if self._sharpness is not None:
+            self._state = self.state_dict()
+            self._sharpness.close()
+            self._sharpness = None
+
     def _loss_sum_and_tokens(self) -> tuple[torch.Tensor, float]:
         """The trainer's loss is the mean of all ranks' own means, so all count as many tokens."""
         module = self.trainer.train_module

@@ -130,6 +130,11 @@ class CriticalSharpnessTrainer(Trainer):
                 self.step,
             )
 
+    def close(self) -> None:
+        if self.sharpness is not None:
+            self.sharpness.close()
+        super().close()
+
     def _forward_backward_body(
         self, inputs: Any, labels: Any, global_valid_tokens: Any, extra_kwargs: dict[str, Any]
     ) -> Any:

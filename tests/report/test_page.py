@@ -17,6 +17,7 @@ from megatron_sharpness import cli
 from megatron_sharpness.report.curves import _hover
 from megatron_sharpness.report.page import _notes
 from megatron_sharpness.report.records import Curve, Logged, Run, read_records
+from megatron_sharpness.report import verdict
 from megatron_sharpness.report.stages import NOISE_RULE, RULES
 from tests.processes import ROOT
 
@@ -174,11 +175,11 @@ def test_every_curve_of_one_run_is_drawn(opened: dict[str, Opened]) -> None:
         ("x3y3", "point"): measurements,
         ("x4y4", "js-line"): 2,  # η/η_c and the line at 1
         ("x4y4", "point"): measurements,
-        ("x5y5", "js-line"): 1,  # loss
-        ("x6y6", "js-line"): 1,  # forward passes
-        ("x6y6", "point"): measurements,
-        ("x7y7", "js-line"): 1,  # seconds
+        ("x6y6", "js-line"): 1,  # loss
+        ("x7y7", "js-line"): 1,  # forward passes
         ("x7y7", "point"): measurements,
+        ("x8y8", "js-line"): 1,  # seconds
+        ("x8y8", "point"): measurements,
     }
 
 
@@ -186,11 +187,11 @@ def test_every_curve_of_one_run_is_drawn(opened: dict[str, Opened]) -> None:
 def test_runs_are_drawn_over_each_other_with_what_was_not_found(opened: dict[str, Opened]) -> None:
     page = opened["several"].page
     found, missed = 40 + 42 + 1, len(MISSED) + 1 + 1
-    assert page.shapes["x2y8", "point"] == missed
+    assert page.shapes["x2y9", "point"] == missed
     assert page.shapes["x2y2", "point"] == found + 1  # and the ring around the catapult event
     assert page.shapes["x4y4", "point"] == found
-    assert page.shapes["x7y7", "point"] == found + missed
-    assert page.shapes["x2y2", "js-line"] >= 6
+    assert page.shapes["x8y8", "point"] == found + missed
+    assert page.shapes["x2y2", "js-line"] >= 4  # λ_c and the line of two
     for status in MISSED:
         number = 2 if status in ("failed", "zero_lr") else 1
         assert f"{status} ({number})" in page.words
@@ -200,20 +201,21 @@ def test_runs_are_drawn_over_each_other_with_what_was_not_found(opened: dict[str
 @needs_browser
 def test_the_table_says_where_each_run_stands(opened: dict[str, Opened]) -> None:
     words = opened["several"].page.words
-    assert "quickstart 40 40 found progressive sharpening early reduction 10–" in words
+    assert "iterations 320 to 400): η/η c is 0.19 in the median" in words
     evil = f"{EVIL_NAME} 52 42 found 1 not_descent"
     assert evil in words
-    assert re.search(r"2 failed below the edge, as of iteration 420 ", words)
+    assert re.search(r"2 failed learning rate .*? below the edge, as of iteration 420 ", words)
     assert "210–230: λ c 1.6 × the line, no loss spike seen" in words
-    assert "short 1 1 found too few measurements to tell – none" in words
-    assert "nothing 1 0 found 1 zero_lr too few measurements to tell – none" in words
+    few = "too few measurements to tell"
+    assert re.search(rf"short 1 1 found {few} stable phase [^▸▾]*? {few} – none", words)
+    assert re.search(rf"nothing 1 0 found 1 zero_lr {few} {few} – none", words)
 
 
 @needs_browser
 def test_the_page_states_the_rules_and_whose_they_are(opened: dict[str, Opened]) -> None:
     words = opened["one"].page.words
     assert "rules of thumb of this program, not the paper’s" in words
-    for text in (*RULES.values(), NOISE_RULE):
+    for text in (*RULES.values(), NOISE_RULE, *verdict.RULES.values(), verdict.RULE):
         assert text.replace("_c", "c").replace(" ", "") in words.replace(" ", "")
 
 

@@ -157,9 +157,10 @@ def test_the_last_measurements_are_printed(
 ) -> None:
     log = write(tmp_path / "log.jsonl", [record(i) for i in range(10, 60, 10)])
     assert cli.main(["report", str(log), "--last", "2"]) == 0
-    _, *rows, status, end = capsys.readouterr().out.splitlines()
+    _, *rows, status, verdict, _ = capsys.readouterr().out.split("\n", 5)
     assert [row.split()[0] for row in rows] == ["40", "50"]
-    assert (status, end) == ("5 measurements (5 found); now: below the edge", "")
+    assert status == "5 measurements (5 found); now: below the edge"
+    assert verdict == "verdict: learning rate too high"
 
 
 TRAINING_LINE = (
@@ -237,7 +238,7 @@ def test_what_other_trainers_log_is_drawn_and_named(
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Run] = []
-    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, _: drawn.extend(runs))
+    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, *_, **__: drawn.extend(runs))
     write(tmp_path / "critical_sharpness.jsonl", [record(10), record(20)])
     arguments = ["report", str(tmp_path), "--out", str(tmp_path / "curves.png")]
     write_events(tmp_path, **{"loss": [3], "train/loss": [1, 2], "val/loss": [7]})
@@ -330,7 +331,8 @@ def test_an_overlay_has_a_colour_and_a_name_for_each_run() -> None:
     figure = figure_module.Figure()
     first = [record(i, critical_sharpness=500.0) for i in (10, 20)]
     second = [record(i, critical_sharpness=700.0) for i in (10, 20)]
-    _draw_overlay(figure, [Run("one", first), Run("two", [*second, record(30, "failed")])])
+    runs = [Run("one", first), Run("two", [*second, record(30, "failed")])]
+    _draw_overlay(figure, runs, preconditioned=True)
     names, kinds = ([text.get_text() for text in legend.get_texts()] for legend in figure.legends)
     assert names == ["one", "two"]
     assert len(kinds) == 3
@@ -390,7 +392,7 @@ def test_a_folder_is_read_with_its_event_files(
     writer.add_scalar("critical-sharpness", 1e3, 10)
     writer.flush()
     drawn: list[Run] = []
-    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, _: drawn.extend(runs))
+    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, *_, **__: drawn.extend(runs))
     out = ["--out", str(tmp_path / "curves.png")]
 
     assert cli.main(["report", str(folder), *out]) == 0
@@ -412,7 +414,7 @@ def test_a_training_log_still_goes_with_one_run(
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Run] = []
-    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, _: drawn.extend(runs))
+    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, *_, **__: drawn.extend(runs))
     training = tmp_path / "train.log"
     training.write_text(TRAINING_LINE.format(7))
     log = write(tmp_path / "run.jsonl", [record(10)])
@@ -456,7 +458,7 @@ def test_runs_are_named_apart_and_their_statuses_counted(
         folder.mkdir(parents=True)
         write(folder / "critical_sharpness.jsonl", [record(10, "failed"), record(20, "zero_lr")])
     third = write(tmp_path / "third.jsonl", [record(10), record(20, "failed"), record(30)])
-    assert cli.main(["report", *map(str, folders), str(third)]) == 0
+    assert cli.main(["report", *map(str, folders), str(third), "--last", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {*map(str, folders), str(third)} <= set(lines)
     assert any(
@@ -465,7 +467,9 @@ def test_runs_are_named_apart_and_their_statuses_counted(
     )
     assert any(line.startswith("3 measurements (2 found, 1 failed); now:") for line in lines)
     assert cli.main(["report", str(folders[0]), str(third)]) == 0
-    assert {"run", "third"} <= set(capsys.readouterr().out.splitlines())
+    told = capsys.readouterr().out
+    assert {"run", "third"} <= {line.split(" ")[0] for line in told.splitlines()}
+    assert "measurements (" not in told  # of several runs none is listed unless asked for
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from megatron_sharpness.report.stages import (
     CATAPULT_WITHIN,
     EARLY_REDUCTION,
     EDGE_OF_STABILITY,
+    INTERMEDIATE_SATURATION,
     LEAST,
     NOISE_RULE,
     PROGRESSIVE_SHARPENING,
@@ -56,7 +57,7 @@ def test_full_batch_training_goes_through_all_stages(scatter: float) -> None:
     for seed in range(20):
         found = find(noisy(ratio, scatter, seed))
         assert names(found) == [
-            EARLY_REDUCTION, BELOW_EDGE, PROGRESSIVE_SHARPENING, EDGE_OF_STABILITY
+            EARLY_REDUCTION, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING, EDGE_OF_STABILITY
         ]  # fmt: skip
         assert found.now == EDGE_OF_STABILITY
         assert not found.catapults
@@ -115,7 +116,8 @@ def test_staying_above_the_line_has_a_name() -> None:
 
 def test_only_the_first_fall_is_the_early_reduction() -> None:
     twice = find(ratios((10, 0.8, 0.2), (30, 0.2, 0.6), (30, 0.6, 0.1)))
-    trends = [name for name in names(twice) if name != BELOW_EDGE]
+    rests = (BELOW_EDGE, INTERMEDIATE_SATURATION)
+    trends = [name for name in names(twice) if name not in rests]
     assert trends == [EARLY_REDUCTION, PROGRESSIVE_SHARPENING]
     assert twice.now == BELOW_EDGE
     both_early = find(ratios((10, 0.8, 0.1), (8, 0.1, 0.7), (8, 0.7, 0.1), (80, 0.1, 0.1)))
@@ -127,7 +129,22 @@ def test_only_the_first_fall_is_the_early_reduction() -> None:
 def test_a_short_rest_belongs_to_the_stage_before_it() -> None:
     rests = {n: ratios((12, 0.8, 0.2), (n, 0.2, 0.2), (12, 0.2, 0.8)) for n in (1, 20)}
     assert names(find(rests[1])) == [EARLY_REDUCTION, PROGRESSIVE_SHARPENING]
-    assert names(find(rests[20])) == [EARLY_REDUCTION, BELOW_EDGE, PROGRESSIVE_SHARPENING]
+    assert names(find(rests[20])) == [
+        EARLY_REDUCTION, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING
+    ]  # fmt: skip
+
+
+def test_only_a_rest_before_a_rise_at_a_steady_rate_is_a_saturation() -> None:
+    rest_and_rise = ratios((40, 0.2, 0.2), (30, 0.2, 0.8))
+    assert names(find(rest_and_rise)) == [INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING]
+    assert names(find(rest_and_rise[:40])) == [BELOW_EDGE]  # has not risen yet
+    decays = np.concatenate([np.full(40, LINE), np.geomspace(LINE, 20 * LINE, 30)])
+    rises_with_the_line = ratios((40, 0.2, 0.2), (30, 0.2, 0.1))
+    assert names(find(rises_with_the_line, decays)) == [BELOW_EDGE, PROGRESSIVE_SHARPENING]
+    falls_between = ratios((40, 0.1, 0.1), (20, 0.1, 0.3), (20, 0.3, 0.1), (20, 0.1, 0.8))
+    assert names(find(falls_between)) == [
+        INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING, BELOW_EDGE, PROGRESSIVE_SHARPENING
+    ]  # fmt: skip
 
 
 def test_an_odd_batch_changes_no_stage() -> None:
