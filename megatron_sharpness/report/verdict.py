@@ -43,6 +43,13 @@ LOST = 2.0
 LEVEL = 3
 LEAST = 5
 
+#: Statuses that tell nothing of η/η_c, and what helps.
+NO_ANSWER = {
+    "noise_limited": "a batch with more tokens would have less noise",
+    "exhausted": "allow more forward passes",
+    "skipped_step": "the optimizer has skipped these steps",
+    "failed": "their records have the reason",
+}
 #: What is said to be many: of the measurements without a number; and few: tokens of a batch.
 MANY, FEW_TOKENS = 0.2, 4096
 
@@ -169,9 +176,9 @@ def _of_scatter(stable: Phase | None) -> Iterator[str]:
 def _of_trust(run: Run) -> Iterator[str]:
     """What makes the verdict weak."""
     number = len(run.records)
-    for status, count in run.statuses.items():
-        if status != "found" and count >= MANY * number:
-            yield f"{count} of {number} measurements are {status}: trust this the less"
+    for status, remedy in NO_ANSWER.items():
+        if (count := run.statuses.get(status, 0)) >= MANY * number:
+            yield f"{count} of {number} measurements are {status}: trust this the less; {remedy}"
     tokens = run.column("tokens")
     if np.isfinite(tokens).any() and (few := np.nanmedian(tokens)) < FEW_TOKENS:
         yield (
