@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from experiments import training
 from megatron_sharpness.data.tokenize import END_OF_DOCUMENT, VOCAB_SIZE, python_prose
+from megatron_sharpness.pytorch import CriticalSharpness
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
@@ -68,8 +69,8 @@ def batch_at(step: int, sequences: int = SEQUENCES) -> Tensor:
     return windows(text(), sequences, LENGTH, step)
 
 
-def model() -> GPT:
-    torch.manual_seed(0)
+def model(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
     return GPT(
         GPTConfig(
             num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=VOCAB_SIZE,
@@ -106,6 +107,36 @@ def loss(network: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy a token, in nats."""
     logits = network(tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def steps_of(
+    network: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    sharpness: CriticalSharpness,
+    *,
+    steps: int,
+    tokens_at: Callable[[int], Tensor],
+    lr_at: Callable[[int], float],
+) -> Iterator[tuple[int, float, float]]:
+    """Train, and measure what is due: each step with its loss and its gradient norm, once
+    ``sharpness.records`` are of it. It ends where the loss is not finite."""
+    for step in range(1, steps + 1):
+        tokens = tokens_at(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step)
+        value = loss(network, tokens)
+        if not torch.isfinite(value):
+            return
+        value.backward()
+        norm = nn.utils.get_total_norm(p.grad for p in network.parameters() if p.grad is not None)
+        for optimizer in optimizers:
+            optimizer.step()
+        sharpness.after_step(
+            step, lambda t=tokens: (loss(network, t), 1), loss=(value.detach(), 1)
+        )
+        yield step, value.item(), norm.item()
 
 
 def run(schedule: str, peak: float, exact_every: int = EXACT_EVERY) -> list[training.Row]:

@@ -160,22 +160,19 @@ def run(case: Case, peak: float) -> Training:
     optimizers = gpt.optimizers_of(case.optimizer, network)
     sharpness = CriticalSharpness(network, optimizers, every=EVERY)
     measured: list[tuple[float | None, float | str]] = []
-    for step in range(1, STEPS + 1):
-        tokens = gpt.windows(trained, case.sequences, LENGTH, 100_000 * case.seed + step)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(case, peak, step)
-        loss = gpt.loss(network, tokens)
-        if not torch.isfinite(loss):
-            break
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        record = sharpness.after_step(
-            step, lambda t=tokens: (gpt.loss(network, t), 1), loss=(loss.detach(), 1)
-        )
-        if record is not None:
+    step = 0
+    for step, *_ in gpt.steps_of(
+        network,
+        optimizers,
+        sharpness,
+        steps=STEPS,
+        tokens_at=lambda step: gpt.windows(
+            trained, case.sequences, LENGTH, 100_000 * case.seed + step
+        ),
+        lr_at=lambda step: learning_rate(case, peak, step),
+    ):
+        if step % EVERY == 0:
+            record = sharpness.records.train
             measured.append((record.loss, record.critical_lr or record.status))
     with torch.no_grad():
         final = gpt.loss(network, gpt.windows(held_out, PIECES, LENGTH, 0)).item()

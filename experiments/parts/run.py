@@ -27,19 +27,14 @@ def run(optimizer: str, preset: str) -> list[training.Row]:
     optimizers = gpt.optimizers_of(optimizer, network)
     sharpness = CriticalSharpness(network, optimizers, every=gpt.EVERY, parts=preset)
     rows: list[training.Row] = []
-    for step in range(1, gpt.STEPS + 1):
-        tokens = gpt.batch_at(step)
-        for each in optimizers:
-            each.zero_grad()
-            for group in each.param_groups:
-                group["lr"] = gpt.learning_rate("wsd", RATE, step)
-        loss = gpt.loss(network, tokens)
-        loss.backward()
-        for each in optimizers:
-            each.step()
-        sharpness.after_step(
-            step, lambda t=tokens: (gpt.loss(network, t), 1), loss=(loss.detach(), 1)
-        )
+    for step, *_ in gpt.steps_of(
+        network,
+        optimizers,
+        sharpness,
+        steps=gpt.STEPS,
+        tokens_at=gpt.batch_at,
+        lr_at=lambda step: gpt.learning_rate("wsd", RATE, step),
+    ):
         if step % gpt.EVERY == 0:
             records = [json.loads(record.to_json()) for record in sharpness.records.values()]
             rows += [{field: record[field] for field in FIELDS} for record in records]

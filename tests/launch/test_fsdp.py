@@ -193,6 +193,7 @@ def test_training_is_bit_for_bit_the_training_without_measurement(
     assert [record["tokens"] for record in on.records] == [8 * 32] * 3
     assert [record["consumed_samples"] for record in on.records] == [16, 32, 48]
     assert on.output.count(" critical sharpness at iteration") == 3
+    assert on.output.count(" critical sharpness: verdict: too few measurements to tell") == 1
     others = [record for record in on.all_records if record["batch"] == "sums"]
     assert [record["iteration"] for record in others] == [2, 4, 6]
     assert {record["status"] for record in others} <= {"found", "not_descent"}

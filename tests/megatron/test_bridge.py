@@ -150,6 +150,8 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, runs: dict[str, 
         zip((2, 4, 6), (16, 32, 48), STATUSES.get(layout, ["found"] * 3), strict=True)
     )
     assert "differs from the training loss" not in measured.output
+    said = "critical sharpness: verdict: too few measurements to tell"
+    assert measured.output.count(said) == 1
     thirds = ["first-third", "middle-third", "last-third", "outside"] if layout == "vpp" else []
     assert [record["part"] for record in measured.part_records] == thirds * 3
     assert {record["status"] for record in measured.part_records} <= {"found", "no_upper"}

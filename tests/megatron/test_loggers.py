@@ -42,6 +42,7 @@ def test_tags_are_added_and_the_others_are_untouched(tmp_path: Path) -> None:
         assert [step for step, _ in measured[f"{tag} vs samples"]] == [16, 32, 48]
         assert [value for _, value in measured[tag]] == pytest.approx(recorded, rel=1e-6)
     assert result.output.count("critical sharpness at iteration") == 3
+    assert result.output.count("critical sharpness: verdict: too few measurements to tell") == 1
 
 
 def test_an_alarm_is_told_and_looked_at_closer_with_training_unchanged(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -73,6 +74,16 @@ def run(worker: str, folder: Path, processes: int, paths: list[str]) -> Ranks:
     outputs = [path.read_text(errors="replace") for path in sorted(folder.glob("output*.txt"))]
     assert not any(codes), "\n".join(output[-4000:] for output in outputs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(len(started))]
+
+
+def lines_of(logger: str) -> list[str]:
+    """What is logged from now on, in a list that grows."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(handler)
+    logging.getLogger(logger).setLevel(logging.INFO)
+    return lines
 
 
 def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

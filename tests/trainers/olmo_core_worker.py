@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.trainers.olmo_core import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
+from tests.trainers.harness import lines_of
 
 LENGTH, STEPS = 16, 8
 TOKENIZER = TokenizerConfig(vocab_size=64, eos_token_id=0, pad_token_id=0)
@@ -223,11 +224,13 @@ def run(
         config = config.with_callback("critical_sharpness", CriticalSharpnessCallback(every=every))
     trainer = config.build(train_module, loader)
     seed_all(4 + (dist.get_rank() if layout in ("ddp", "fsdp") else 0))
+    lines = lines_of("megatron_sharpness.trainers.olmo_core")
     trainer.fit()
     log = folder / name / "critical_sharpness.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()] if every else []
     result = {"digest": digest(train_module), "metrics": trainer.callbacks["witness"].metrics}
     result["records"] = records
+    result["verdict"] = [line for line in lines if "verdict" in line]
     if witness:
         result["anew"] = [
             losses_anew(trainer.callbacks["witness"].steps[r["iteration"]], r, data_ranks)

@@ -53,6 +53,9 @@ def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
         assert rank["on"]["digest"] == rank["off"]["digest"]
         assert of_training(rank["on"]["metrics"]) == of_training(rank["off"]["metrics"])
         assert sum("train/CE loss" in entry for entry in rank["off"]["metrics"].values()) == 8
+        assert rank["off"]["verdict"] == []
+    said = [line for rank in ranks for line in rank["on"]["verdict"]]
+    assert said == [" critical sharpness: verdict: too few measurements to tell"]  # of one rank
 
 
 def test_the_loss_is_the_trainer_s(ranks: list[dict[str, Any]]) -> None:

@@ -53,6 +53,9 @@ def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
         assert rank["on"]["digest"] == rank["off"]["digest"]
         assert of_training(rank["on"]["curves"]) == of_training(rank["off"]["curves"])
         assert "loss_metrics/global_avg_loss" in rank["off"]["curves"]
+        assert rank["off"]["verdict"] == []
+    said = [line for rank in ranks for line in rank["on"]["verdict"]]
+    assert said == [" critical sharpness: verdict: too few measurements to tell"]  # of one rank
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp"])

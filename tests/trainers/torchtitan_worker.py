@@ -36,6 +36,7 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
 from torchtitan.models.llama3 import model_registry
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from megatron_sharpness.core.errors import InputError
@@ -44,6 +45,7 @@ from megatron_sharpness.trainers.torchtitan import (
     CriticalSharpnessTrainer,
 )
 from tests.digest import hash_of, random_states
+from tests.trainers.harness import lines_of
 
 VOCABULARY, LENGTH, STEPS = 2048, 16, 6
 
@@ -269,7 +271,9 @@ def run(folder: Path, name: str, *, witness: bool = False, **options: Any) -> di
     )
     if seen is not None:
         result["anew"] = [losses_anew(trainer, seen.steps[r["iteration"]], r) for r in records]
+    lines = lines_of(logger.name)
     trainer.close()
+    result["verdict"] = [line for line in lines if "verdict" in line]
     result["curves"] = curves(folder / name)
     return result
 
