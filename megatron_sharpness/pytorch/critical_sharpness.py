@@ -205,8 +205,9 @@ class CriticalSharpness:
         if self._observed is not None:
             self._observed.release()
             self._observed = None
+        sinks, self._meter.sinks = self._meter.sinks, ()
         if self._frozen is None:
-            log_verdict(self._meter.sinks)
+            log_verdict(sinks)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to measure what an uninterrupted one does; plain numbers."""

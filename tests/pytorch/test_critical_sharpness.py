@@ -23,6 +23,7 @@ from megatron_sharpness.core.errors import InputError, ProbeError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.update_line import UpdateLine
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink
 
 from .gpt import loss_sum, make_batch, make_gpt
 
@@ -305,6 +306,27 @@ def test_closed_it_leaves_no_hook() -> None:
     assert loop.hooks == 3
     loop.sharpness.close()
     assert loop.hooks == 0
+
+
+@pytest.mark.parametrize("frozen", [None, 0])
+def test_closed_it_says_the_verdict_once(tmp_path: Path, frozen: int | None) -> None:
+    said: list[str] = []
+    sinks = [ConsoleSink(said.append), JsonLinesSink(tmp_path / "log.jsonl")]
+    model = make_gpt(0.0)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    sharpness = CriticalSharpness(model, optimizer, 1, sinks, frozen=frozen)
+    for step in range(5):
+        batch = make_batch(step, 0, 0)
+        loss, tokens = loss_sum(model, batch)
+        (loss / tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sharpness.after_step(step, lambda batch=batch: loss_sum(model, batch))
+    measured = len(said)
+    sharpness.close()
+    sharpness.close()
+    verdicts = [line for line in said[measured:] if "verdict: " in line]
+    assert len(verdicts) == (1 if frozen is None else 0)
 
 
 class LiveBytes(TorchDispatchMode):
