@@ -49,7 +49,7 @@ def short(sweep: Sweep) -> list[Training]:
 
 def ratio(training: Training, first: int = WARMUP, last: int = SHORT) -> float:
     """Median η/η_c between two steps; infinite where the loss was not finite by then."""
-    records = training.records[first // EVERY : last // EVERY]
+    records = training.run.records[first // EVERY : last // EVERY]
     ratios = [found for record in records if (found := ratio_of(record)) is not None]
     if training.steps < last or not ratios:
         return math.inf
@@ -92,20 +92,37 @@ def by_optimizer(known: dict[Case, list[Training]]) -> Predictor:
     return lambda trainings: rates[trainings[0].case.optimizer]
 
 
+def regret(sweep: Sweep, rate: float) -> float:
+    """The final loss at a learning rate over the lowest, interpolated in log rate; infinite beyond
+    the rates of the sweep, and where the loss was not finite."""
+    rates = [math.log(each.peak) for each in sweep]
+    if not rates[0] <= math.log(rate) <= rates[-1]:
+        return math.inf
+    losses = [each.final for each in sweep]
+    return float(np.interp(math.log(rate), rates, losses)) / min(losses)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a predictor did on sweeps.
 
     Attributes:
-        errors: predicted over best, by case.
+        errors: predicted over best learning rate, by case.
+        regrets: final loss there over the lowest, by case.
     """
 
     errors: dict[Case, float]
+    regrets: dict[Case, float]
 
     @property
     def within(self) -> int:
         """How many are off by less than ``FACTOR``."""
         return sum(1.0 / FACTOR < error < FACTOR for error in self.errors.values())
+
+    @property
+    def fine(self) -> int:
+        """How many end within 10 % of the lowest loss."""
+        return sum(regret <= 1.1 for regret in self.regrets.values())
 
     @property
     def typical(self) -> float:
@@ -115,11 +132,13 @@ class Outcome:
 
 def outcome(predict: Predictor, known: dict[Case, list[Training]]) -> Outcome:
     """The predictor's on sweeps; NaN, where it says nothing, is a miss."""
+    rates = {
+        case: rate if math.isfinite(rate := predict(short(sweep))) and rate > 0.0 else math.inf
+        for case, sweep in known.items()
+    }
     return Outcome(
-        {
-            case: error if math.isfinite(error := predict(short(sweep)) / best(sweep)) else math.inf
-            for case, sweep in known.items()
-        }
+        {case: rates[case] / best(sweep) for case, sweep in known.items()},
+        {case: regret(sweep, rates[case]) for case, sweep in known.items()},
     )
 
 

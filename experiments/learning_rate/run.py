@@ -17,6 +17,7 @@ from experiments.gpt_wsd.run import GPT, GPTConfig
 from megatron_sharpness.core.measurement import edge_of_stability
 from megatron_sharpness.data.tokenize import VOCAB_SIZE
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.report.records import Run
 
 STEPS, WARMUP, EVERY = 600, 20, 5
 #: The share of the steps in which ``wsd`` decays, and what is left of the rate in the end.
@@ -100,12 +101,13 @@ class Training:
     measured: list[tuple[float | None, float | str]]
 
     @property
-    def records(self) -> list[training.Row]:
-        """The measurements as ``megatron-sharpness report`` reads them."""
-        return [
+    def run(self) -> Run:
+        """As ``megatron-sharpness report`` reads it."""
+        records = [
             _record(self.case, self.peak, EVERY * number, loss, seen)
             for number, (loss, seen) in enumerate(self.measured, 1)
         ]
+        return Run(f"η = {self.peak:g}", records)
 
     def to_json(self) -> str:
         values = asdict(self) | {"final": _short(self.final)}
@@ -113,8 +115,9 @@ class Training:
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str) -> Training:
-        values = json.loads(line)
+    def from_row(cls, row: dict[str, Any]) -> Training:
+        """From what :meth:`to_json` wrote."""
+        values = dict(row)
         values["case"] = Case(**values["case"])
         values["final"] = math.inf if values["final"] is None else values["final"]
         values["measured"] = [tuple(row) for row in values["measured"]]
@@ -123,8 +126,8 @@ class Training:
 
 def read() -> Iterator[Training]:
     """All trainings that were kept."""
-    for path in sorted(RECORDS.glob("*.jsonl")):
-        yield from map(Training.from_json, path.read_text().splitlines())
+    for rows in training.read(RECORDS.parent).values():
+        yield from map(Training.from_row, rows)
 
 
 def _record(
@@ -133,7 +136,7 @@ def _record(
     lr = learning_rate(case, peak, step)
     row: training.Row = {"iteration": step, "batch": "train", "lr": lr, "loss": loss}
     row |= {"status": "found" if isinstance(seen, float) else seen}
-    row |= {"tokens": case.sequences * LENGTH, "evaluations": 0, "seconds": 0.0}
+    row["tokens"] = case.sequences * LENGTH
     if isinstance(seen, float):
         row |= {"critical_lr": seen, "critical_sharpness": 2.0 / seen}
         row |= {"lr_over_critical": lr / seen}

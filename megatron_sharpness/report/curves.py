@@ -448,7 +448,7 @@ def _catapult_marks(runs: list[Run], stages: list[Stages]) -> list[dict[str, Any
     """A ring around λ_c at the peak of each catapult event."""
     x, y, text = [], [], []
     for run, its in zip(runs, stages, strict=True):
-        sharpness = {record["iteration"]: record.get("critical_sharpness") for record in run.records}
+        sharpness = {each["iteration"]: each.get("critical_sharpness") for each in run.records}
         for event in its.catapults:
             x.append(event.peak)
             y.append(sharpness[event.peak])

@@ -270,7 +270,7 @@ def _draw_overlay(figure: Any, runs: list[Run], preconditioned: bool) -> None:
 
 
 def losses_far_apart(runs: list[Run]) -> bool:
-    """Whether a logarithmic axis is needed to see all losses: where one has diverged, or vanishes."""
+    """Whether a logarithmic axis is needed to see all losses: one has diverged, or vanishes."""
     values = np.concatenate([run.curve("loss").values for run in runs])
     values = values[np.isfinite(values) & (values > 0.0)]
     return bool(len(values)) and np.max(values) > LOGARITHMIC_FROM * np.min(values)

@@ -166,7 +166,8 @@ details li { margin-top: 6px; color: $muted; }
 optimizer’s own update would raise the loss of its batch (Kalra et al. 2026, arXiv 2601.16979).
 Where η/η<sub>c</sub> is above 1, the step just made has raised it.</p>
 <table>
-<thead><tr><th>run</th><th>measurements</th><th>verdict</th><th>λ<sub>c</sub> now</th><th>stages, by iteration</th>
+<thead><tr><th>run</th><th>measurements</th><th>verdict</th><th>λ<sub>c</sub> now</th>
+<th>stages, by iteration</th>
 <th>catapult events, by iteration</th><th>cost, median</th></tr></thead>
 <tbody>
 $rows

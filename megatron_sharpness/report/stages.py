@@ -23,11 +23,11 @@ Each measurement is in the first of these stages that fits:
 - ``EARLY_REDUCTION``: the first falling trend, if it begins in the first ``EARLY`` of the run, and
   what is before it.
 - ``PROGRESSIVE_SHARPENING``: a rising trend.
-- ``INTERMEDIATE_SATURATION``: none of these, before the first ``PROGRESSIVE_SHARPENING``, if that is
-  half over while the line is within the factor ``BAND`` of its lowest: λ_c rests below the line, and
-  then rises by itself and not because the learning rate decays. Of a run that has not risen yet it
-  cannot be told.
-- ``BELOW_EDGE``: none of these otherwise, so λ_c is below the line and steady, or falling later on.
+- ``INTERMEDIATE_SATURATION``: none of these, before the first ``PROGRESSIVE_SHARPENING``, if that
+  is half over while the line is within the factor ``BAND`` of its lowest: λ_c rests below the line,
+  and then rises by itself and not because the learning rate decays. Of a run that has not risen yet
+  it cannot be told.
+- ``BELOW_EDGE``: none of these otherwise: λ_c is below the line and steady, or falling later on.
 
 Fewer than ``LEAST`` measurements in a row of the last two are counted to the stage before.
 

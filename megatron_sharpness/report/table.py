@@ -40,16 +40,12 @@ def format_runs(runs: Iterable[Run]) -> str:
     stable phase, λ_c at the end of it, the loss in the end, and the verdict."""
     rows = []
     for peak, run in sorted(((_peak(run), run) for run in runs), key=lambda pair: pair[0]):
-        stable = stable_phase(run)
-        numbers = [stable.median, stable.largest, stable.last_sharpness] if stable else [math.nan] * 3
-        rows.append(
-            [
-                (run.name, "s"),
-                *[(value, ".3g") for value in (peak, *numbers)],
-                (last_loss(run), ".4f"),
-                (verdict_of(run).name, "s"),
-            ]
-        )
+        numbers = [peak, math.nan, math.nan, math.nan]
+        if (stable := stable_phase(run)) is not None:
+            numbers[1:] = stable.median, stable.largest, stable.last_sharpness
+        row: list[tuple[float | str | None, str]] = [(run.name, "s")]
+        row += [(number, ".3g") for number in numbers]
+        rows.append([*row, (last_loss(run), ".4f"), (verdict_of(run).name, "s")])
     headings = ["run", "peak lr", "median lr/η_c", "largest", "λ_c", "loss", "verdict"]
     return _aligned(headings, rows, to_the_left=(0, 6))
 
@@ -67,7 +63,7 @@ def _aligned(
 ) -> str:
     """Values with their formats below headings, a line a row; ``-`` for None and NaN."""
     cells = [list(headings)]
-    cells += [["-" if value is None or value != value else format(value, spec) for value, spec in row] for row in rows]
+    cells += [[_cell(value, spec) for value, spec in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -76,6 +72,10 @@ def _aligned(
         ).rstrip()
         for row in cells
     )
+
+
+def _cell(value: float | str | None, spec: str) -> str:
+    return "-" if value is None or value != value else format(value, spec)
 
 
 def format_status(run: Run) -> str:

@@ -34,11 +34,18 @@ FAR_TOO_LOW = "learning rate far too low"
 LOW = "room for a higher learning rate"
 USUAL = "learning rate in the usual range"
 HIGH = "learning rate at the upper end of the usual range"
-TOO_HIGH = "learning rate too high"
+TOO_HIGH = "learning rate likely too high"
 AT_THE_EDGE = "at the edge of stability"
 
 #: The median η/η_c in the stable phase from which on each is said.
-LEAST_RATIO = {FAR_TOO_LOW: 0.0, LOW: 0.03, USUAL: 0.12, HIGH: 0.33, TOO_HIGH: 0.45, AT_THE_EDGE: 0.83}
+LEAST_RATIO = {
+    FAR_TOO_LOW: 0.0,
+    LOW: 0.03,
+    USUAL: 0.1,
+    HIGH: 0.33,
+    TOO_HIGH: 0.55,
+    AT_THE_EDGE: 0.83,
+}
 LOST = 2.0
 LEVEL = 3
 LEAST = 5
@@ -70,10 +77,10 @@ RULES[AT_THE_EDGE] += (
 )
 #: And what they are of.
 RULE = (
-    "The first that fits. η/η_c is its median in the stable phase, where "
-    f"the learning rate is within {1.0 - AT_PEAK:.0%} of its peak, of {LEAST} measurements or more. "
-    "The limits were chosen on small language models; small batches have their best learning rate "
-    "at a lower η/η_c."
+    "The first that fits. η/η_c is its median in the stable phase, where the learning rate is "
+    f"within {1.0 - AT_PEAK:.0%} of its peak, of {LEAST} measurements or more. The limits were "
+    "chosen on small language models; smaller batches have their best learning rate at a lower "
+    "η/η_c, and larger ones at a higher."
 )
 
 
@@ -182,8 +189,8 @@ def _of_trust(run: Run) -> Iterator[str]:
     tokens = run.column("tokens")
     if np.isfinite(tokens).any() and (few := np.nanmedian(tokens)) < FEW_TOKENS:
         yield (
-            f"a batch has {few:g} tokens, which is few: η/η_c depends on the batch size, so compare "
-            "with runs of the same"
+            f"a batch has {few:g} tokens, which is few: the best η/η_c is lower for small batches, "
+            "so compare with runs of the same"
         )
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from megatron_sharpness import cli
+from megatron_sharpness.report import verdict
 from megatron_sharpness.report.curves import _hover
 from megatron_sharpness.report.page import _notes
 from megatron_sharpness.report.records import Curve, Logged, Run, read_records
-from megatron_sharpness.report import verdict
 from megatron_sharpness.report.stages import NOISE_RULE, RULES
 from tests.processes import ROOT
 

@@ -28,6 +28,8 @@ from megatron_sharpness.report.records import (
 from megatron_sharpness.report.table import format_table
 from tests.processes import ROOT
 
+DRAW = "megatron_sharpness.report.figure.draw"
+
 
 def record(iteration: int, status: str = "found", **fields: Any) -> dict[str, Any]:
     lr = 1e-3
@@ -160,7 +162,7 @@ def test_the_last_measurements_are_printed(
     _, *rows, status, verdict, _ = capsys.readouterr().out.split("\n", 5)
     assert [row.split()[0] for row in rows] == ["40", "50"]
     assert status == "5 measurements (5 found); now: below the edge"
-    assert verdict == "verdict: learning rate too high"
+    assert verdict == "verdict: learning rate at the upper end of the usual range"
 
 
 TRAINING_LINE = (
@@ -238,7 +240,7 @@ def test_what_other_trainers_log_is_drawn_and_named(
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Run] = []
-    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, *_, **__: drawn.extend(runs))
+    monkeypatch.setattr(DRAW, lambda runs, *_, **__: drawn.extend(runs))
     write(tmp_path / "critical_sharpness.jsonl", [record(10), record(20)])
     arguments = ["report", str(tmp_path), "--out", str(tmp_path / "curves.png")]
     write_events(tmp_path, **{"loss": [3], "train/loss": [1, 2], "val/loss": [7]})
@@ -392,7 +394,7 @@ def test_a_folder_is_read_with_its_event_files(
     writer.add_scalar("critical-sharpness", 1e3, 10)
     writer.flush()
     drawn: list[Run] = []
-    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, *_, **__: drawn.extend(runs))
+    monkeypatch.setattr(DRAW, lambda runs, *_, **__: drawn.extend(runs))
     out = ["--out", str(tmp_path / "curves.png")]
 
     assert cli.main(["report", str(folder), *out]) == 0
@@ -414,7 +416,7 @@ def test_a_training_log_still_goes_with_one_run(
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Run] = []
-    monkeypatch.setattr("megatron_sharpness.report.figure.draw", lambda runs, *_, **__: drawn.extend(runs))
+    monkeypatch.setattr(DRAW, lambda runs, *_, **__: drawn.extend(runs))
     training = tmp_path / "train.log"
     training.write_text(TRAINING_LINE.format(7))
     log = write(tmp_path / "run.jsonl", [record(10)])

@@ -179,7 +179,8 @@ def test_few_measurements_are_no_verdict() -> None:
 
 def test_how_far_to_trust_it_is_said() -> None:
     status = ["found"] * 8 + ["noise_limited"] * 2
-    assert "2 of 10 measurements are noise_limited" in str(verdict_of(run([0.2] * 10, status=status)))
+    hidden = run([0.2] * 10, status=status)
+    assert "2 of 10 measurements are noise_limited" in str(verdict_of(hidden))
     assert "a batch has 256 tokens" in str(verdict_of(run([0.2] * 10, tokens=256)))
     noise = np.random.default_rng(0).standard_normal(4000)
     said = str(verdict_of(run(0.2 * np.exp(0.5 * noise), np.full(4000, 2.0))))
@@ -197,7 +198,8 @@ def test_runs_are_a_table_by_learning_rate(
     nothing = write(tmp_path / "nothing.jsonl", [record(10, "failed", loss=None)])
     assert cli.main(["report", *map(str, paths), str(nothing)]) == 0
     heading, *rows, end = capsys.readouterr().out.rstrip("\n").splitlines()
-    assert heading.split() == "run peak lr median lr/η_c largest λ_c loss verdict".split()
+    names = ["run", "peak lr", "median lr/η_c", "largest", "λ_c", "loss", "verdict"]
+    assert re.split("  +", heading.strip()) == names
     rows = [*rows, end]
     assert [row.split()[0] for row in rows] == ["low", "nothing", "right", "high"]
     loss = f"{last_loss(run([0.2] * 9)):.4f}"
@@ -224,7 +226,7 @@ def test_a_training_ends_its_log_with_the_verdict(tmp_path: Path) -> None:
         lines.write(measurement(iteration))
     log_verdict([console, lines])
     assert said[0] == f" critical sharpness: verdict: {USUAL}"
-    assert said[1].startswith(" critical sharpness:   stable phase (iterations 0 to 9): η/η_c is 0.2")
+    assert said[1].startswith(" critical sharpness:   stable phase (iterations 0 to 9): η/η_c is ")
 
     lines.path.write_text("{")  # somebody else's
     log_verdict([console, lines])
@@ -241,3 +243,9 @@ def test_the_page_of_the_documentation_has_the_rules_as_they_are() -> None:
 def test_the_names_are_in_order() -> None:
     assert list(LEAST_RATIO) == [FAR_TOO_LOW, LOW, USUAL, HIGH, TOO_HIGH, AT_THE_EDGE]
     assert list(LEAST_RATIO.values()) == sorted(LEAST_RATIO.values())
+
+
+def test_the_page_shows_what_is_said_of_the_quick_start(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["report", str(ROOT / "benchmarks/results/quickstart.jsonl")])
+    said = capsys.readouterr().out
+    assert said[said.index("verdict:") :].strip() in (ROOT / "docs/report.md").read_text()
