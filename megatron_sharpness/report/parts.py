@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sharpness.core.measurement import rate_over_critical
+from megatron_sharpness.report.phases import ratio_of
 from megatron_sharpness.report.records import Record, Run
 
 #: Only the last so many measurements of a part are looked at: parts change places in training.
@@ -37,12 +37,7 @@ def ranked(run: Run) -> list[PartOfRun]:
 
 
 def _median(records: list[Record]) -> tuple[float, int]:
-    ratios = [
-        ratio
-        for record in records
-        if (ratio := rate_over_critical(record["status"], record.get("lr_over_critical")))
-        is not None
-    ]
+    ratios = [ratio for record in records if (ratio := ratio_of(record)) is not None]
     return (float(np.median(ratios)), len(ratios)) if ratios else (math.nan, 0)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -67,14 +68,11 @@ RULES = {
     "until there lost.",
     **{
         name: f"η/η_c is at {least:g} to {below:g}."
-        for (name, least), below in zip(
-            LEAST_RATIO.items(), (*list(LEAST_RATIO.values())[1:], math.inf), strict=True
-        )
+        for (name, least), (_, below) in pairwise(LEAST_RATIO.items())
     },
+    AT_THE_EDGE: f"η/η_c is {LEAST_RATIO[AT_THE_EDGE]:g} or more. Training on the full batch comes "
+    "there at any learning rate; on mini-batches it is too high.",
 }
-RULES[AT_THE_EDGE] += (
-    " Training on the full batch comes there at any learning rate; on mini-batches it is too high."
-)
 #: And what they are of.
 RULE = (
     "The first that fits. η/η_c is its median in the stable phase, where the learning rate is "
@@ -137,7 +135,7 @@ def _divergence(run: Run) -> str | None:
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(loss, middle, mode="edge"), LEVEL)
     level = np.append(np.median(windows, axis=-1), loss[-1])
     lowest = np.minimum(np.minimum.accumulate(level), loss[0])
-    lost = (level >= LOST * lowest) & (level - lowest >= 0.5 * (loss[0] - lowest))
+    lost = (level >= LOST * lowest) & (level - lowest >= 0.5 * (loss[0] - lowest)) & (lowest > 0.0)
     if not lost.any():
         return None
     worst = int(np.argmax(np.where(lost, level / lowest, 0.0)))

@@ -153,6 +153,7 @@ def test_a_loss_that_was_lost_is_named_first(losses: Any, said: str) -> None:
         np.append(FALLS, [2.5, 3.0, 3.5, 3.9, 3.5, 3.0]),  # rises, but not twofold
         np.append(np.geomspace(2.0, 1e-4, 30), [5e-4] * 5),  # of next to nothing
         [6.0, 5.9, 6.1, 5.8, 6.0],
+        np.append(np.linspace(1.0, -5.0, 30), [-1.0] * 5),  # of a loss that may be negative
     ],
 )
 def test_what_is_no_divergence(losses: Any) -> None:
