@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from experiments.adam_edge import run as adam_edge
 from experiments.batch import run as batch
 from experiments.checkpoints import run as checkpoints
 from experiments.fcn import run as fcn
+from experiments.foresight import tables as foresight
+from experiments.foresight.analysis import RIVALS, alarms, foretold, within_runs
+from experiments.foresight.run import trained
 from experiments.gpt_wsd import run as gpt
 from experiments.learning_rate import prediction as rates
 from experiments.learning_rate import verdicts
@@ -53,11 +57,14 @@ class Claim:
         return self.lowest <= self.measured <= self.highest
 
 
-def claims() -> Iterator[Claim]:
+@functools.cache
+def claims() -> tuple[Claim, ...]:
     """All claims, from ``experiments/*/records``."""
-    for name, function in CLAIMS.items():
-        for text, case, measured, lowest, highest in function(training.read(HERE / name)):
-            yield Claim(name, text, case, float(measured), lowest, highest)
+    return tuple(
+        Claim(name, text, case, float(measured), lowest, highest)
+        for name, function in CLAIMS.items()
+        for text, case, measured, lowest, highest in function(training.read(HERE / name))
+    )
 
 
 def uv_claims(runs: Runs) -> Found:
@@ -269,6 +276,26 @@ def learning_rate_claims(runs: Runs) -> Found:
     yield text, "different ones", len({verdict_of(each.run).name for each in five}), 5, 5
 
 
+def foresight_claims(runs: Runs) -> Found:
+    known = trained(row for rows in runs.values() for row in rows)
+    text = "η/η_c alone tells a spike no better than loss and gradient norm (ours): AUC − theirs"
+    for ahead in (1, 5):
+        areas = {name: np.mean(found) for name, found in within_runs(known, ahead).items()}
+        rival = max(areas[name] for name in RIVALS)
+        yield text, f"{ahead} ahead", areas["η/η_c"] - rival, -0.5, 0.02
+    chosen, tried = foresight.apart(known)
+    text = "beside them it adds (ours): AUC of all three − of the two, in other trainings"
+    for ahead in (1, 5):
+        two, three = (
+            foretold(chosen, tried, ahead, foresight.COMBINED[name]).area
+            for name in ("loss and gradient norm", "loss, gradient norm and η/η_c")
+        )
+        yield text, f"{ahead} ahead", three - two, 0.03, 1.0
+    text = "above 1 twice in a row before the loss has doubled (ours): share of trainings"
+    warned = next(each for each in alarms(known) if (each.threshold, each.after) == (1.0, 2))
+    yield text, f"{warned.doubles} trainings", warned.before / warned.doubles, 0.85, 1.0
+
+
 #: Folder → the claims about its records.
 CLAIMS = {
     "uv": uv_claims,
@@ -282,6 +309,7 @@ CLAIMS = {
     "checkpoints": checkpoints_claims,
     "parts": parts_claims,
     "learning_rate": learning_rate_claims,
+    "foresight": foresight_claims,
 }
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from experiments import training
 from experiments.gpt_wsd import run as gpt
 from experiments.learning_rate import run as learning_rate
-from megatron_sharpness.core.measurement import PART, rate_over_critical
+from megatron_sharpness.core.measurement import PART, TRAIN, rate_over_critical
 from megatron_sharpness.pytorch import CriticalSharpness
 
 STEPS, WARMUP = 500, 10
@@ -63,9 +69,48 @@ CASES = [
 ]  # fmt: skip
 
 
-def run(case: Case) -> list[training.Row]:
-    """A row a step: loss, gradient norm, η/η_c of the whole, ``ratio``, and of the parts, and
-    whether the batch was bad."""
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A training, step by step.
+
+    Attributes:
+        case: what was trained.
+        loss, grad_norm: of each step; it ends where the loss is not finite.
+        ratio, attention, mlp: η/η_c of the whole update, and of the parts' alone; NaN where it is
+            not told.
+    """
+
+    case: Case
+    loss: NDArray[np.float64]
+    grad_norm: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+    attention: NDArray[np.float64]
+    mlp: NDArray[np.float64]
+
+    def to_json(self) -> str:
+        """Four digits."""
+        columns = {
+            name: [None if math.isnan(v) else float(f"{v:.4g}") for v in getattr(self, name)]
+            for name in COLUMNS
+        }
+        return json.dumps({"case": asdict(self.case), **columns}, separators=(",", ":"))
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Trained:
+        """From what :meth:`to_json` wrote."""
+        return cls(Case(**row["case"]), *(np.array(row[name], float) for name in COLUMNS))
+
+
+COLUMNS = ("loss", "grad_norm", "ratio", *PARTS)
+
+
+def trained(rows: Iterable[training.Row]) -> dict[str, Trained]:
+    """Those in records, by the name of the case."""
+    return {str(each.case): each for each in map(Trained.from_row, rows)}
+
+
+def run(case: Case) -> Trained:
+    """One of the trainings."""
     network = learning_rate.model(
         learning_rate.Case(case.optimizer, 64, case.sequences, "constant", case.seed)
     )
@@ -81,8 +126,8 @@ def run(case: Case) -> list[training.Row]:
             return torch.randint(256, (case.sequences, gpt.LENGTH + 1), generator=generator)
         return gpt.windows(gpt.text(), case.sequences, gpt.LENGTH, 100_000 * case.seed + step)
 
-    rows: list[training.Row] = []
-    for step, loss, norm in gpt.steps_of(
+    rows: list[list[float]] = []
+    for _, loss, norm in gpt.steps_of(
         network,
         optimizers,
         sharpness,
@@ -90,10 +135,7 @@ def run(case: Case) -> list[training.Row]:
         tokens_at=tokens_at,
         lr_at=lambda step: case.rate * min(1.0, step / WARMUP),
     ):
-        row: training.Row = {"iteration": step, "loss": loss, "grad_norm": norm}
-        for key, name in (("ratio", "train"), *((part, PART + part) for part in PARTS)):
-            record = sharpness.records[name]
-            ratio = rate_over_critical(record.status, record.lr_over_critical)
-            row[key] = None if ratio is None else min(ratio, AT_ONCE)
-        rows.append(row | ({"bad": True} if case.is_bad(step) else {}))
-    return rows
+        records = [sharpness.records[name] for name in (TRAIN, *(PART + part for part in PARTS))]
+        ratios = [rate_over_critical(r.status, r.lr_over_critical) for r in records]
+        rows.append([loss, norm, *(math.nan if r is None else min(r, AT_ONCE) for r in ratios)])
+    return Trained(case, *np.array(rows).T)

@@ -68,7 +68,7 @@ class CriticalSharpnessCallback(Callback):
     parts: str | Mapping[str, str] | None = None
     parts_every: int | None = None
     alarm: float | None = None
-    alarm_after: int = 3
+    alarm_after: int = 2
     alarm_every: int | None = None
     on_alarm: Callable[[Alarm], object] | None = None
 

@@ -66,7 +66,7 @@ class CriticalSharpnessConfig:
     alarm: float | None = None
     """Learning rate over the critical one above which the alarm rings. By default never."""
 
-    alarm_after: int = 3
+    alarm_after: int = 2
     """How many measurements in a row begin the alarm, and end it."""
 
     alarm_every: int | None = None

@@ -20,7 +20,7 @@ from experiments.uv import model as uv
 from experiments.weight_decay import run as weight_decay
 from tests.processes import ROOT
 
-CLAIMS = list(claims.claims())
+CLAIMS = claims.claims()
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.experiment}, {claim.case}")
