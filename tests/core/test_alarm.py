@@ -58,7 +58,7 @@ def test_it_begins_and_ends_with_measurements_in_a_row() -> None:
 
 
 def test_what_raises_the_loss_from_the_start_is_above_and_what_tells_nothing_counts_not() -> None:
-    meter, told, _ = meter_of(alarm=1.0)
+    meter, told, _ = meter_of(alarm=1.0, alarm_after=3)
     endings = ["not_descent", "skipped_step", "non_finite", "noise_limited", "failed", "no_lower"]
     assert observe(meter, endings) == [False] * 5 + [True]
     assert told[0].ratios == (math.inf,) * 3
@@ -74,19 +74,26 @@ def test_it_looks_closer_while_it_rings() -> None:
     assert [n for n in range(1, 13) if meter.due(n)] == [6, 12]
 
 
+def test_two_in_a_row_ring_where_nothing_else_is_said() -> None:
+    meter, _, _ = meter_of(alarm=1.0)
+    assert observe(meter, [2.0, 0.5, 2.0, 2.0, 0.5, 2.0, 0.5, 0.5]) == [
+        False, False, False, True, True, True, True, False
+    ]  # fmt: skip
+
+
 def test_without_one_nothing_rings() -> None:
     meter, told, said = meter_of()
     assert not any(observe(meter, [9.0] * 9)) and not told and not said
 
 
 def test_it_goes_through_a_checkpoint() -> None:
-    begun, _, _ = meter_of(alarm=1.0)
+    begun, _, _ = meter_of(alarm=1.0, alarm_after=3)
     observe(begun, [2.0, 2.0])
-    resumed, told, _ = meter_of(alarm=1.0)
+    resumed, told, _ = meter_of(alarm=1.0, alarm_after=3)
     resumed.load_state_dict(begun.state_dict())
     assert observe(resumed, [3.0]) == [True]
     assert told[0].ratios == (2.0, 2.0, 3.0)
-    again, _, _ = meter_of(alarm=1.0)
+    again, _, _ = meter_of(alarm=1.0, alarm_after=3)
     again.load_state_dict(resumed.state_dict())
     assert again.bell.rings
     again.load_state_dict({"guesses": [["train", 0.1]]})  # of a version before
