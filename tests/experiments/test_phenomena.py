@@ -30,6 +30,8 @@ def test_the_records_bear_the_claim_out(claim: claims.Claim) -> None:
 
 def test_the_readmes_have_these_numbers() -> None:
     assert claims.table() in (ROOT / "experiments" / "README.md").read_text()
+    number = sum(len(list(claims.rows(name))) for name in claims.CLAIMS)
+    assert f"{number} claims" in (ROOT / "README.md").read_text()
     for name in claims.CLAIMS:
         assert claims.table_of(name) in (ROOT / "experiments" / name / "README.md").read_text()
 
