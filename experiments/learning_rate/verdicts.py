@@ -10,6 +10,7 @@ from experiments.learning_rate.prediction import Sweep, best
 from experiments.learning_rate.run import Case, Training
 from megatron_sharpness.report.phases import stable_phase
 from megatron_sharpness.report.verdict import (
+    ABOVE,
     AT_THE_EDGE,
     DIVERGED,
     FAR_TOO_LOW,
@@ -34,6 +35,7 @@ CLAIMED = {
     HIGH: FINE,
     TOO_HIGH: TOO_HIGH_IS,
     AT_THE_EDGE: TOO_HIGH_IS,
+    ABOVE: TOO_HIGH_IS,
     DIVERGED: TOO_HIGH_IS,
 }
 VERDICTS = (*LEAST_RATIO, DIVERGED, TOO_FEW)

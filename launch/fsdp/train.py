@@ -9,6 +9,7 @@ devices over NCCL or on the CPU over gloo:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -36,7 +37,7 @@ from fsdp.model import attention, build_model, shard
 from fsdp.schedule import changed_schedule, learning_rate
 from megatron_sharpness import arguments
 from megatron_sharpness.adaptive_mix.adaptive import AdaptiveMix
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.frozen import FrozenRun
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
@@ -219,59 +220,59 @@ def train(
     last = iteration >= args.train_iters
     if last:
         say(args, f"  nothing to train: --train-iters {args.train_iters}, and that is reached")
-    while not last:
-        iteration += 1
-        lr = learning_rate(args, iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        drawn = micro_batches(args, samples, consumed, vocabulary)
-        batches = [tokens.to(device, non_blocking=True) for tokens in drawn]
-        summed = torch.zeros((), dtype=torch.float64, device=device)
-        for tokens in batches:
-            loss, _ = loss_sum(model, tokens)
-            (loss * args.world_size / tokens_per_step).backward()  # FSDP2 averages over ranks
-            summed += loss.detach()
-        dist.all_reduce(summed)
-        mean = summed.item() / tokens_per_step
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not math.isfinite(mean) or not math.isfinite(norm):
-            raise RuntimeError(
-                f"iteration {iteration}: lm loss {mean}, grad norm {norm}; nothing was updated"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        consumed += args.global_batch_size
-        if sharpness is not None:
+    with contextlib.nullcontext() if sharpness is None else contextlib.closing(sharpness):
+        while not last:
+            iteration += 1
+            lr = learning_rate(args, iteration)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            drawn = micro_batches(args, samples, consumed, vocabulary)
+            batches = [tokens.to(device, non_blocking=True) for tokens in drawn]
+            summed = torch.zeros((), dtype=torch.float64, device=device)
+            for tokens in batches:
+                loss, _ = loss_sum(model, tokens)
+                (loss * args.world_size / tokens_per_step).backward()  # FSDP2 averages over ranks
+                summed += loss.detach()
+            dist.all_reduce(summed)
+            mean = summed.item() / tokens_per_step
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if not math.isfinite(mean) or not math.isfinite(norm):
+                raise RuntimeError(
+                    f"iteration {iteration}: lm loss {mean}, grad norm {norm}; nothing was updated"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            consumed += args.global_batch_size
+            if sharpness is not None:
 
-            def evaluate() -> tuple[Tensor, int]:
-                losses, counts = zip(*(loss_sum(model, tokens) for tokens in batches), strict=True)  # noqa: B023
-                return torch.stack(losses).double().sum(), sum(counts)
+                def evaluate() -> tuple[Tensor, int]:
+                    passes = [loss_sum(model, tokens) for tokens in batches]  # noqa: B023
+                    losses, counts = zip(*passes, strict=True)
+                    return torch.stack(losses).double().sum(), sum(counts)
 
-            record = sharpness.after_step(
+                record = sharpness.after_step(
+                    iteration,
+                    evaluate,
+                    loss=(mean * tokens_per_step, tokens_per_step),  # of all ranks, on each
+                    grad_norm=norm,
+                    consumed_samples=consumed,
+                )
+                if mix is not None and record is not None:
+                    mix.observe(sharpness.records, consumed)
+            log.add(
                 iteration,
-                evaluate,
-                loss=(mean * tokens_per_step, tokens_per_step),  # of all ranks, on each
-                grad_norm=norm,
-                consumed_samples=consumed,
+                consumed,
+                {"lm loss": mean, "learning-rate": lr, "grad-norm": norm.item()},
             )
-            if mix is not None and record is not None:
-                mix.observe(sharpness.records, consumed)
-        log.add(
-            iteration,
-            consumed,
-            {"lm loss": mean, "learning-rate": lr, "grad-norm": norm.item()},
-        )
-        last = iteration == args.train_iters
-        if args.exit_interval and iteration % args.exit_interval == 0:
-            say(args, f"exiting program at iteration {iteration}")
-            last = True
-        if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
-            save_checkpoint(args, model, optimizer, sharpness, mix, iteration, consumed)
+            last = iteration == args.train_iters
+            if args.exit_interval and iteration % args.exit_interval == 0:
+                say(args, f"exiting program at iteration {iteration}")
+                last = True
+            if args.save and (last or (args.save_interval and iteration % args.save_interval == 0)):
+                save_checkpoint(args, model, optimizer, sharpness, mix, iteration, consumed)
     if frozen is not None:
         frozen.finish(lambda line: say(args, line))
-    if sharpness is not None:
-        sharpness.close()
     if writer is not None:
         writer.close()
 
@@ -288,7 +289,8 @@ def build_sharpness(
     if not settings["every"] and args.critical_sharpness_frozen is None:
         return None
     log = arguments.log_path(args)
-    return CriticalSharpness(
+    build = functools.partial(
+        CriticalSharpness,
         model,
         optimizer,
         sinks=[
@@ -302,6 +304,10 @@ def build_sharpness(
         frozen=args.critical_sharpness_frozen,
         **settings,
     )
+    try:
+        return build()
+    except SettingError as error:
+        raise arguments.as_flag(error) from None
 
 
 def build_mix(args: argparse.Namespace, samples: Samples, writer: Any) -> AdaptiveMix | None:

@@ -20,7 +20,7 @@ Status = Literal[
     "no_upper",  # the loss never rises along the update
     "no_lower",  # the loss never falls along the update
     "noise_limited",  # the noise of the loss hides where it crosses L(θ)
-    "non_finite",  # L(θ) itself is NaN or infinite
+    "non_finite",  # L(θ) itself is NaN or infinite, or the gradient or the update
     "exhausted",  # the evaluations were spent
     "skipped_step",  # the optimizer skipped it (overflow under fp16 loss scaling), or see `reason`
     "zero_lr",  # the learning rate is zero: nothing has moved

@@ -345,7 +345,12 @@ class Meter:
             return replace(record, reason=reason)
         if step.skipped is not None:
             return replace(record, status="skipped_step", reason=step.skipped)
-        return replace(record, status="zero_lr") if step.lr == 0.0 else None
+        if step.lr == 0.0:
+            return replace(record, status="zero_lr")
+        if not step.is_finite:
+            reason = "the gradient or the update is not finite"
+            return replace(record, status="non_finite", reason=reason)
+        return None
 
     def _raise_alarm(self, alarm: Alarm) -> None:
         self.warn(str(alarm))

@@ -92,6 +92,13 @@ def parts_of(
     order = {"modules": (*MODULES,), "layers": (*THIRDS, OUTSIDE)}
     known = order.get(chosen, ()) if isinstance(chosen, str) else tuple(chosen)
     names = [*(name for name in known if name in seen), *sorted(seen - set(known))]
+    if isinstance(chosen, str) and len(names) == 1:
+        raise SettingError(
+            "parts",
+            chosen,
+            f"all of the model is one part then, {names[0]}, which is the whole again; name parts "
+            "by expressions, such as attention=attn mlp=mlp",
+        )
     return Parts(tuple(names), depth, chosen)
 
 

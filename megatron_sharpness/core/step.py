@@ -98,6 +98,12 @@ class Step:
             update_norm=math.sqrt(products.squared_update) / self.lr,
         )
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether gradient and update are, as far as they are known."""
+        known = (self.slope, self.noise, self.update_norm)
+        return all(math.isfinite(value) for value in known if value is not None)
+
     def blank(self, name: str) -> Measurement:
         """The record of a step before anything was evaluated."""
         record = Measurement(

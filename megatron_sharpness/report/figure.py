@@ -48,6 +48,7 @@ STYLE = {
     "lines.markersize": 4,
 }
 MISSED_MARKERS = dict(zip(MISSED, "x^sDvP*o+", strict=True))
+WIDTH, MARK = 110, 8  # letters that fit into a line of the legend, and the mark before a name
 LOGARITHMIC_FROM = 10.0  # largest over smallest loss of an overlay
 DOTTED_UP_TO = 120  # measurements; more of them are a line without dots
 
@@ -199,7 +200,8 @@ def _draw_overlay(figure: Any, runs: list[Run], preconditioned: bool) -> None:
     if preconditioned:
         dashes["edge_of_stability_preconditioned"] = (0, (1, 1.5))
         kinds.append("pre-conditioned edge")
-    columns, row = min(4, len(runs)), 0.02
+    longest = max(len(run.name) for run in runs)
+    columns, row = min(4, len(runs), max(1, WIDTH // (longest + MARK))), 0.02
     names_height = row * -(-len(runs) // columns)
     for labels, handles, y, ncols in (
         (
@@ -272,8 +274,8 @@ def _draw_overlay(figure: Any, runs: list[Run], preconditioned: bool) -> None:
 def losses_far_apart(runs: list[Run]) -> bool:
     """Whether a logarithmic axis is needed to see all losses: one has diverged, or vanishes."""
     values = np.concatenate([run.curve("loss").values for run in runs])
-    values = values[np.isfinite(values) & (values > 0.0)]
-    return bool(len(values)) and np.max(values) > LOGARITHMIC_FROM * np.min(values)
+    values = values[np.isfinite(values)]
+    return bool(len(values)) and np.max(values) > LOGARITHMIC_FROM * np.min(values) > 0.0
 
 
 def _curve(axes: Any, x: Array, y: Array, label: str, **style: Any) -> None:

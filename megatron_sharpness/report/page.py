@@ -15,6 +15,7 @@ import numpy as np
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.report.curves import FONT, STAGE_COLORS, curves, run_color
 from megatron_sharpness.report.figure import BLUE, GRID, INK, MUTED
+from megatron_sharpness.report.parts import format_parts
 from megatron_sharpness.report.records import Run
 from megatron_sharpness.report.stages import (
     NOISE_RULE,
@@ -102,7 +103,8 @@ def _row(run: Run, stages: Stages, color: str) -> str:
 
 def _verdict(run: Run) -> str:
     verdict = verdict_of(run)
-    told = "".join(f"<li>{_html(sentence)}</li>" for sentence in verdict.sentences)
+    sentences = [*verdict.sentences, *(format_parts(run).splitlines() if run.parts else [])]
+    told = "".join(f"<li>{_html(sentence)}</li>" for sentence in sentences)
     return f"<details><summary><b>{verdict.name}</b></summary><ul>{told}</ul></details>"
 
 

@@ -14,7 +14,8 @@ from megatron_sharpness.report.stages import WINDOW
 
 WARM_UP, STABLE, DECAY = "warm-up", "stable phase", "decay"
 
-#: The stable phase reaches from the first to the last iteration at this share of the peak rate.
+#: The stable phase is what is measured at this share of the peak rate or more; warm-up is before
+#: the first iteration of it, and decay after the last.
 AT_PEAK = 0.9
 
 
@@ -25,8 +26,8 @@ class Phase:
     Attributes:
         name: ``WARM_UP``, ``STABLE`` or ``DECAY``.
         records: its measurements.
-        ratios: η/η_c of those that tell it, without order lost: 0 where the loss never rises along
-            the update, infinite where it rises from the start or is not finite.
+        ratios: η/η_c of those that tell it: 0 where the loss never rises along the update, infinite
+            where it rises from the start.
     """
 
     name: str
@@ -63,7 +64,9 @@ class Phase:
 
 
 def ratio_of(record: Record) -> float | None:
-    """η/η_c of a measurement, or None where it tells none."""
+    """η/η_c of a measurement, or None where it tells none, as of a loss that is not finite."""
+    if record["status"] == "non_finite":
+        return None
     return rate_over_critical(record["status"], record.get("lr_over_critical"))
 
 
@@ -74,11 +77,14 @@ def phases_of(run: Run) -> list[Phase]:
     if not there.any():
         return []
     iteration, values = rate.iteration[there], rate.values[there]
-    at_peak = iteration[values >= AT_PEAK * np.max(values)]
+    least = AT_PEAK * np.max(values)
+    at_peak = iteration[values >= least]
     ends = (-math.inf, at_peak[0], np.nextafter(at_peak[-1], math.inf), math.inf)
     found = []
     for name, (first, end) in zip((WARM_UP, STABLE, DECAY), pairwise(ends), strict=True):
         records = [record for record in run.records if first <= record["iteration"] < end]
+        if name == STABLE:  # a schedule may come back to its peak
+            records = [r for r in records if r.get("lr") is None or r["lr"] >= least]
         ratios = [ratio for record in records if (ratio := ratio_of(record)) is not None]
         if records:
             found.append(Phase(name, records, np.array(ratios)))

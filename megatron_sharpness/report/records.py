@@ -19,6 +19,12 @@ from megatron_sharpness.core.measurement import STATUSES, TRAIN, name_of
 Record = dict[str, Any]  # one measurement, by the names of measurement.py
 Array = NDArray[np.float64]
 
+#: Fields that are drawn and told.
+NUMBERS = (
+    "lr", "loss", "critical_lr", "critical_lr_lower", "critical_lr_upper", "critical_sharpness",
+    "directional_sharpness", "edge_of_stability", "edge_of_stability_preconditioned",
+    "lr_over_critical", "evaluations", "seconds", "tokens",
+)  # fmt: skip
 LOG_NAME = "critical_sharpness.jsonl"
 #: Where the measurements of a run are, for who names another place.
 WHERE = (
@@ -124,12 +130,13 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
     """The measurements on the training batch, ``train``, on other data, and of parts of the model,
     each by iteration, under the names that :attr:`Measurement.name` has.
 
-    Where a resumed run has measured an iteration again, the later measurement stands.
+    Where a run went back to an earlier iteration, as one does that is resumed or begun anew, what
+    was measured from there on before is left out.
 
     Raises:
         InputError: no such file, a line that is no record, or no measurement at all.
     """
-    found: dict[str, dict[int, Record]] = {TRAIN: {}}
+    found: dict[str, list[Record]] = {TRAIN: []}
     for number, line in enumerate(_read_text(path, f"RUN {path}").splitlines(), start=1):
         if not line.strip():
             continue
@@ -141,16 +148,19 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
                 f"killed run cut it short, or {WHERE}"
             ) from None
         name = name_of(record.get("batch", TRAIN), record.get("part"))
-        found.setdefault(name, {})[record["iteration"]] = record
+        own = found.setdefault(name, [])
+        for kept in found.values() if name == TRAIN else [own]:
+            while kept and kept[-1]["iteration"] > record["iteration"]:
+                kept.pop()
+        if own and own[-1]["iteration"] == record["iteration"]:
+            own.pop()
+        own.append(record)
     if not found[TRAIN]:
         raise InputError(
             f"RUN {path}: holds no measurement; train for more iterations, or measure more often: "
             "--measure-critical-sharpness-every, or every= in Python"
         )
-    return {
-        batch: [records[iteration] for iteration in sorted(records)]
-        for batch, records in found.items()
-    }
+    return found
 
 
 def _parse(line: str) -> Record:
@@ -169,6 +179,9 @@ def _parse(line: str) -> Record:
         raise ValueError(f"status {record.get('status')!r}")
     if not isinstance(record.get("iteration"), int):
         raise ValueError(f"iteration {record.get('iteration')!r}")
+    for name in NUMBERS:
+        if not isinstance(record.get(name), int | float | None):
+            raise ValueError(f"{name} {record[name]!r}")
     return record
 
 

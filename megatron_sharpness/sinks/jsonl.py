@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_sharpness.core.measurement import Measurement
 
@@ -19,5 +21,14 @@ class JsonLinesSink:
 
     def write(self, measurement: Measurement) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(measurement.to_json() + "\n")
+        with self.path.open("ab+") as file:
+            line = measurement.to_json() + "\n"
+            file.write((line if _ends_a_line(file) else "\n" + line).encode())
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    """Whether it is empty or ends with a whole line, which a killed run may have cut."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -87,8 +87,16 @@ def test_modules_are_told_by_the_usual_names() -> None:
     assert {part: len(names) for part, names in found.items()} == {
         "norms": 2, "embeddings": 1, "attention": 1, "mlp": 1
     }  # fmt: skip
-    (found,) = on_ranks("modules", ["weight", "a.bias"])
-    assert list(found) == ["rest"]
+    (found,) = on_ranks("modules", ["weight", "a.bias", "mlp.weight"])
+    assert list(found) == ["mlp", "rest"]
+
+
+@pytest.mark.parametrize(("preset", "name"), [("modules", "rest"), ("layers", "outside")])
+def test_a_preset_that_parts_nothing_is_refused(preset: str, name: str) -> None:
+    with pytest.raises(SettingError, match=f"one part then, {name}, .*attention=attn"):
+        on_ranks(preset, ["weight", "a.bias"])
+    (found,) = on_ranks({"all": "."}, ["weight", "a.bias"])  # asked for by name
+    assert list(found) == ["all"]
 
 
 def test_ranks_that_hold_some_of_the_layers_agree() -> None:

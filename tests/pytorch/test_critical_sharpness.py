@@ -308,6 +308,23 @@ def test_closed_it_leaves_no_hook() -> None:
     assert loop.hooks == 0
 
 
+def test_a_loss_or_a_gradient_that_is_not_finite_has_its_status_and_rings() -> None:
+    loop = Loop(every=1, alarm=1.0, parts={"embeddings": "embed"})
+    loop.step(0)
+    batch = make_batch(1, 0, 0)
+    loss, tokens = loss_sum(loop.model, batch)
+    (loss / tokens).backward()
+    next(iter(loop.model.parameters())).grad.fill_(math.nan)  # type: ignore[union-attr]
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    records = [loop.sharpness.after_step(1, lambda: loss_sum(loop.model, batch)), loop.step(2)]
+    for record in records:
+        assert record is not None and record.status == "non_finite"
+        assert record.reason == "the gradient or the update is not finite"
+    assert {record.status for record in loop.sharpness.records.values()} == {"non_finite"}
+    assert loop.sharpness._meter.bell.rings
+
+
 @pytest.mark.parametrize("frozen", [None, 0])
 def test_closed_it_says_the_verdict_once(tmp_path: Path, frozen: int | None) -> None:
     said: list[str] = []

@@ -201,14 +201,14 @@ def test_runs_are_drawn_over_each_other_with_what_was_not_found(opened: dict[str
 @needs_browser
 def test_the_table_says_where_each_run_stands(opened: dict[str, Opened]) -> None:
     words = opened["several"].page.words
-    assert "iterations 320 to 400): η/η c is 0.19 in the median" in words
+    assert "iterations 320 to 400): η/η c is 0.193 in the median" in words
     evil = f"{EVIL_NAME} 52 42 found 1 not_descent"
     assert evil in words
     assert re.search(r"2 failed learning rate .*? below the edge, as of iteration 420 ", words)
     assert "210–230: λ c 1.6 × the line, no loss spike seen" in words
     few = "too few measurements to tell"
-    assert re.search(rf"short 1 1 found {few} stable phase [^▸▾]*? {few} – none", words)
-    assert re.search(rf"nothing 1 0 found 1 zero_lr {few} {few} – none", words)
+    assert re.search(rf"short 1 1 found {few} stable .*? there are 1: .*? {few} – none", words)
+    assert re.search(rf"nothing 1 0 found 1 zero_lr {few} 5 .*? are 0: .*? {few} – none", words)
 
 
 @needs_browser

@@ -57,15 +57,22 @@ def record(iteration: int, status: str = "found", **fields: Any) -> dict[str, An
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    """As a run writes them, step by step."""
+    records = sorted(records, key=lambda each: each["iteration"])
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
     return path
 
 
-def test_records_are_ordered_and_a_resumed_run_replaces_its_own(tmp_path: Path) -> None:
-    written = [record(20, loss=1.0), record(10), record(20, loss=2.0), record(20, batch="code")]
-    records = read_records(write(tmp_path / "log.jsonl", written))
-    assert [each["iteration"] for each in records] == [10, 20]
-    assert records[1]["loss"] == 2.0
+def test_a_run_that_goes_back_replaces_what_it_had_measured_from_there_on(tmp_path: Path) -> None:
+    first = [record(i, batch=batch) for i in (10, 20, 30, 40) for batch in ("train", "code")]
+    resumed = [record(20, loss=1.0), record(20, batch="code", loss=1.0), record(30, loss=1.0)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (*first, *resumed)))
+    batches = read_batches(path)
+    assert [each["iteration"] for each in batches["train"]] == [10, 20, 30]
+    assert [each["loss"] for each in batches["train"]] == [2.5, 1.0, 1.0]
+    assert [(each["iteration"], each["loss"]) for each in batches["code"]] == [(10, 2.5), (20, 1.0)]
+    assert read_records(path) == batches["train"]
 
 
 def test_other_data_is_read_beside_and_drawn_capped_where_it_rises_at_once(tmp_path: Path) -> None:
@@ -124,6 +131,7 @@ def test_parts_are_read_apart_and_the_first_to_break_is_named(
         ('{"iteration": 10, "status": "fine"}\n', "line 1: not a measurement .*status 'fine'"),
         ("[1]\n", "line 1: not a measurement .JSON, but no object"),
         ('{"lr": 1}\n', "line 1: not a measurement .status None"),
+        ('{"iteration": 1, "status": "found", "lr": "abc"}', "line 1: .*lr 'abc'"),
         ("\n", "holds no measurement; .*--measure-critical-sharpness-every, or every= in Python"),
     ],
 )

@@ -15,6 +15,7 @@ from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.report.phases import DECAY, STABLE, WARM_UP, phases_of, stable_phase
 from megatron_sharpness.report.records import Curve, Logged, Run
 from megatron_sharpness.report.verdict import (
+    ABOVE,
     AT_THE_EDGE,
     DIVERGED,
     FAR_TOO_LOW,
@@ -83,6 +84,9 @@ def test_the_phases_of_a_schedule_are_told_apart() -> None:
     assert [(p.name, p.first, p.last) for p in constant] == [(STABLE, 10, 50)]
     cosine = phases_of(run([0.2] * 50, rates=LR * np.cos(np.linspace(0, 1.5, 50))))
     assert [p.name for p in cosine] == [STABLE, DECAY]
+    comes_back = np.tile([LR, LR / 3], 10)  # to its peak
+    stable, _ = phases_of(run(np.tile([0.3, 0.1], 10), rates=comes_back))
+    assert (stable.median, len(stable.records)) == (0.3, 10)
     assert phases_of(run([None], rates=[0.0], status=["zero_lr"])) == []
 
 
@@ -102,7 +106,7 @@ def test_what_was_in_each_phase_is_said() -> None:
         "have been 50 times as long; 1 of 10 measured steps raised the loss of their own batch",
         "stable phase (iterations 110 to 500): η/η_c is 0.25 in the median, 1.2 at most; one step "
         "could have been 4 times as long; 1 of 40 measured steps raised",
-        "decay (iterations 510 to 600): η/η_c is 0.12 in the median, 0.12 at most",
+        "decay (iterations 510 to 600): η/η_c is 0.125 in the median, 0.125 at most",
     ):
         assert sentence in said
     assert "few" not in said and "trust" not in said
@@ -121,10 +125,12 @@ def test_the_median_in_the_stable_phase_names_the_verdict(name: str) -> None:
 
 def test_steps_that_raise_the_loss_at_once_count_as_the_largest_and_never_as_the_least() -> None:
     status = ["found"] * 4 + ["not_descent"] * 6
-    assert verdict_of(run([0.2] * 10, status=status)).name == AT_THE_EDGE
+    assert verdict_of(run([0.2] * 10, status=status)).name == ABOVE
     said = str(verdict_of(run([0.2] * 10, status=["found"] * 8 + ["no_lower"] * 2)))
-    assert "without bound at most" in said and "2 of 10 measured steps raised" in said
-    assert verdict_of(run([0.2] * 10, status=["found"] * 4 + ["no_upper"] * 6)).name == FAR_TOO_LOW
+    assert "infinite at most" in said and "2 of 10 measured steps raised" in said
+    never = verdict_of(run([0.2] * 10, status=["found"] * 4 + ["no_upper"] * 6))
+    assert never.name == FAR_TOO_LOW
+    assert "along 6 of 10 updates the loss never rises" in str(never)
 
 
 FALLS = np.geomspace(6.0, 2.0, 30)
@@ -137,6 +143,8 @@ FALLS = np.geomspace(6.0, 2.0, 30)
         (np.append(FALLS, [3.0, 8.0, 20.0, 9.0, *[3.0] * 10]), "in the end it is 3"),  # comes back
         (np.concatenate([[6.0, 17.0, 40.0, 50.0, 30.0], FALLS]), "from 6 to 40"),  # at the start
         (np.append(FALLS, [9.0]), "to 9 by iteration 310"),  # and there it ended
+        (np.concatenate([np.geomspace(11, 6, 30), np.full(10, 10.8)]), "from 6.1"),  # not twofold
+        (np.append(np.linspace(1.0, -5.0, 30), [-1.0] * 5), "to -1 by"),  # below zero
     ],
 )
 def test_a_loss_that_was_lost_is_named_first(losses: Any, said: str) -> None:
@@ -153,7 +161,9 @@ def test_a_loss_that_was_lost_is_named_first(losses: Any, said: str) -> None:
         np.append(FALLS, [2.5, 3.0, 3.5, 3.9, 3.5, 3.0]),  # rises, but not twofold
         np.append(np.geomspace(2.0, 1e-4, 30), [5e-4] * 5),  # of next to nothing
         [6.0, 5.9, 6.1, 5.8, 6.0],
-        np.append(np.linspace(1.0, -5.0, 30), [-1.0] * 5),  # of a loss that may be negative
+        np.append(np.linspace(1.0, -5.0, 30), [-3.0] * 5),  # of a loss that may be negative
+        np.append(np.geomspace(1.5, 1.2, 30), [1.4] * 5),  # of a fall that was small
+        np.append(np.linspace(3.0, 2.0, 30), 2.5 + 0.5 * (-1.0) ** np.arange(40)),  # in its scatter
     ],
 )
 def test_what_is_no_divergence(losses: Any) -> None:
@@ -164,7 +174,15 @@ def test_a_loss_that_is_not_finite_has_diverged() -> None:
     status = ["found"] * 9 + ["non_finite"]
     ended = run([0.2] * 10, [*FALLS[:9], None], status=status)
     assert verdict_of(ended).name == DIVERGED
-    assert verdict_of(ended).sentences[0] == "the loss is not finite at iteration 100"
+    assert verdict_of(ended).sentences[0] == (
+        "the loss was not finite at 1 of 10 measurements, first at iteration 100"
+    )
+    then_failed = run([0.2] * 10, status=["found"] * 8 + ["non_finite", "failed"])
+    assert verdict_of(then_failed).name == DIVERGED
+    for number, name in ((3, DIVERGED), (1, USUAL)):  # it comes back
+        status = ["found"] * 5 + ["non_finite"] * number + ["found"] * (5 - number)
+        verdict = verdict_of(run([0.2] * 10, status=status))
+        assert verdict.name == name and "raised the loss" not in str(verdict)
     loss = Curve(np.arange(1.0, 121.0), np.append(np.full(119, 3.0), math.nan))
     logged = Run("run", run([0.2] * 10).records, Logged({"loss": loss}))
     assert verdict_of(logged).sentences[0] == "the loss is not finite at iteration 120"
@@ -175,17 +193,26 @@ def test_few_measurements_are_no_verdict() -> None:
     assert verdict_of(run([0.2] * (LEAST - 1))).name == TOO_FEW
     in_decay = run([0.2] * 40, rates=np.append(np.full(4, LR), np.full(36, LR / 2)))
     assert verdict_of(in_decay).name == TOO_FEW
+    assert "and there are 4: measure more often" in str(verdict_of(in_decay))
     assert verdict_of(run([0.2] * 9, status=["noise_limited"] * 9)).name == TOO_FEW
+
+
+def test_a_median_that_is_not_well_known_may_be_the_other() -> None:
+    noise = np.exp(np.random.default_rng(1).standard_normal(10))
+    said = str(verdict_of(run(0.09 * noise / np.median(noise))))
+    assert "it may as well be" in said and USUAL in said
+    assert "it may as well be" not in str(verdict_of(run([0.09] * 10)))
+    assert "it may as well be" not in str(verdict_of(run(0.2 * np.tile([0.9, 1.1], 20))))
 
 
 def test_how_far_to_trust_it_is_said() -> None:
     status = ["found"] * 8 + ["noise_limited"] * 2
     hidden = run([0.2] * 10, status=status)
-    assert "2 of 10 measurements are noise_limited" in str(verdict_of(hidden))
+    assert "2 of 10 measurements ended noise_limited" in str(verdict_of(hidden))
     assert "a batch has 256 tokens" in str(verdict_of(run([0.2] * 10, tokens=256)))
     noise = np.random.default_rng(0).standard_normal(4000)
     said = str(verdict_of(run(0.2 * np.exp(0.5 * noise), np.full(4000, 2.0))))
-    assert "off their level by a factor of 1.7" in said and "it would be about 1.3" in said
+    assert "off the median by a factor of 1.7" in said and "it would be about 1.3" in said
 
 
 def test_runs_are_a_table_by_learning_rate(
@@ -242,7 +269,7 @@ def test_the_page_of_the_documentation_has_the_rules_as_they_are() -> None:
 
 
 def test_the_names_are_in_order() -> None:
-    assert list(LEAST_RATIO) == [FAR_TOO_LOW, LOW, USUAL, HIGH, TOO_HIGH, AT_THE_EDGE]
+    assert list(LEAST_RATIO) == [FAR_TOO_LOW, LOW, USUAL, HIGH, TOO_HIGH, AT_THE_EDGE, ABOVE]
     assert list(LEAST_RATIO.values()) == sorted(LEAST_RATIO.values())
 
 
