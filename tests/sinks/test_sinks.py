@@ -70,6 +70,15 @@ def test_json_lines_are_appended(tmp_path: Path) -> None:
     assert lines[0]["critical_lr"] is None and lines[0]["reason"] == "no memory"
 
 
+def test_a_line_that_a_killed_run_has_cut_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"iteration": 1, "lr"')
+    for _ in range(2):
+        JsonLinesSink(path).write(FOUND)
+    first, *others = path.read_text().splitlines()
+    assert first == '{"iteration": 1, "lr"' and others == [FOUND.to_json()] * 2
+
+
 def test_the_console_says_what_was_found_and_why_not() -> None:
     lines: list[Any] = []
     sink = ConsoleSink(lines.append)
