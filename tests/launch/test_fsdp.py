@@ -147,6 +147,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_olmo: Path) -> Callable[
         flags |= {"mix": mix, "mix, resumed": mix}
     if TRANSFORMERS is not None:
         flags |= {"olmo off": olmo, "olmo on": f"{olmo} {EVERY} 2"}
+    flags["lost"] = f"{PLAIN} {EVERY} 1 --lr 1e4 --lr-decay-style constant --clip-grad 0"
     meetings = {name: Rendezvous(2) for name in flags}
     cases = []
     for name, line in flags.items():
@@ -198,6 +199,12 @@ def test_training_is_bit_for_bit_the_training_without_measurement(
     assert [record["iteration"] for record in others] == [2, 4, 6]
     assert {record["status"] for record in others} <= {"found", "not_descent"}
     assert len({record["tokens"] for record in others}) == 1 and others[0]["tokens"] < 8 * 20
+
+
+def test_a_run_that_is_lost_ends_its_log_with_the_verdict(runs: Callable[[str], Run]) -> None:
+    lost = runs("lost")
+    assert 0 < len(lost.records) < 6
+    assert lost.output.count(" critical sharpness: verdict: ") == 1
 
 
 def test_a_frozen_run_of_loaded_weights_measures_and_trains_nothing(
