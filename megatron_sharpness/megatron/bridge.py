@@ -159,7 +159,6 @@ class CriticalSharpnessCallback(Callback):
             changed = watch.changes(current_device()) if watch is not None else None
             self._meter.write(records, changed)
 
-
     def on_train_end(self, context: CallbackContext) -> None:
         if self._settings.every:
             log_verdict(self._meter.sinks)
