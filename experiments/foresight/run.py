@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments import training
 from experiments.gpt_wsd import run as gpt
-from experiments.learning_rate import run as learning_rate
+from experiments.learning_rate.run import LAYERS
 from megatron_sharpness.core.measurement import PART, TRAIN, rate_over_critical
 from megatron_sharpness.pytorch import CriticalSharpness
 
@@ -111,9 +111,7 @@ def trained(rows: Iterable[training.Row]) -> dict[str, Trained]:
 
 def run(case: Case) -> Trained:
     """One of the trainings."""
-    network = learning_rate.model(
-        learning_rate.Case(case.optimizer, 64, case.sequences, "constant", case.seed)
-    )
+    network = gpt.model(LAYERS, seed=case.seed)
     optimizers = gpt.optimizers_of(case.optimizer, network)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if "betas" in group:

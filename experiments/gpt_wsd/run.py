@@ -69,11 +69,12 @@ def batch_at(step: int, sequences: int = SEQUENCES) -> Tensor:
     return windows(text(), sequences, LENGTH, step)
 
 
-def model(seed: int = 0) -> GPT:
+def model(layers: int = 4, width: int = 64, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
     return GPT(
         GPTConfig(
-            num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=VOCAB_SIZE,
+            num_layers=layers, hidden_size=width, num_attention_heads=width // 16,
+            vocab_size=VOCAB_SIZE,
             max_position_embeddings=LENGTH, position_embedding_type="rope",
             attention_dropout=0.0, hidden_dropout=0.0,
         )

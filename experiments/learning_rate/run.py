@@ -13,9 +13,7 @@ import torch
 
 from experiments import training
 from experiments.gpt_wsd import run as gpt
-from experiments.gpt_wsd.run import GPT, GPTConfig
 from megatron_sharpness.core.measurement import edge_of_stability
-from megatron_sharpness.data.tokenize import VOCAB_SIZE
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.report.records import Run
 
@@ -159,7 +157,7 @@ def run(case: Case, peak: float) -> Training:
     """One training."""
     text = gpt.text()
     trained, held_out = text.tensor_split([int(len(text) * (1.0 - HELD_OUT))])
-    network = model(case)
+    network = gpt.model(LAYERS, case.width, case.seed)
     optimizers = gpt.optimizers_of(case.optimizer, network)
     sharpness = CriticalSharpness(network, optimizers, every=EVERY)
     measured: list[tuple[float | None, float | str]] = []
@@ -180,17 +178,6 @@ def run(case: Case, peak: float) -> Training:
     with torch.no_grad():
         final = gpt.loss(network, gpt.windows(held_out, PIECES, LENGTH, 0)).item()
     return Training(case, peak, final, step, measured)
-
-
-def model(case: Case) -> GPT:
-    torch.manual_seed(case.seed)
-    return GPT(
-        GPTConfig(
-            num_layers=LAYERS, hidden_size=case.width, num_attention_heads=case.width // 16,
-            vocab_size=VOCAB_SIZE, max_position_embeddings=LENGTH, position_embedding_type="rope",
-            attention_dropout=0.0, hidden_dropout=0.0,
-        )
-    )  # fmt: skip
 
 
 def _short(value: Any) -> Any:

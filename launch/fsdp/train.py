@@ -289,23 +289,22 @@ def build_sharpness(
     if not settings["every"] and args.critical_sharpness_frozen is None:
         return None
     log = arguments.log_path(args)
-    build = functools.partial(
-        CriticalSharpness,
-        model,
-        optimizer,
-        sinks=[
-            ConsoleSink(lambda line: say(args, line)),
-            *([JsonLinesSink(log)] if log else []),
-            *curve_sinks(writer),
-        ],
-        mode=args.critical_sharpness_mode,
-        offload=args.critical_sharpness_offload,
-        losses=losses,
-        frozen=args.critical_sharpness_frozen,
-        **settings,
-    )
+    sinks = [
+        ConsoleSink(lambda line: say(args, line)),
+        *([JsonLinesSink(log)] if log else []),
+        *curve_sinks(writer),
+    ]
     try:
-        return build()
+        return CriticalSharpness(
+            model,
+            optimizer,
+            sinks=sinks,
+            mode=args.critical_sharpness_mode,
+            offload=args.critical_sharpness_offload,
+            losses=losses,
+            frozen=args.critical_sharpness_frozen,
+            **settings,
+        )
     except SettingError as error:
         raise arguments.as_flag(error) from None
 

@@ -6,9 +6,8 @@ and legend of a panel carry its number.
 
 from __future__ import annotations
 
-import itertools
 from html import escape
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -290,7 +289,7 @@ def _curves_of_parts(runs: list[Run]) -> list[dict[str, Any]]:
         return []
     (run,) = runs
     named = [("whole", run.records, BLUE)]
-    named += [(n, r, c) for (n, r), c in zip(run.parts.items(), itertools.cycle(PART_COLORS))]
+    named += [(n, r, c) for (n, r), c in zip(run.parts.items(), cycle(PART_COLORS))]
     return [
         {
             "type": "scatter",
