@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_sharpness.core.errors import InputError, SettingError
+from megatron_sharpness.core.errors import InputError, SettingError, flag_of
 from megatron_sharpness.core.search import Method
 from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.data import evaluation
 
 #: Field of :class:`~megatron_sharpness.core.settings.Settings` → flag.
@@ -179,6 +180,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="While the alarm lasts, measure at every iteration that N divides, too.",
     )
     return parser
+
+
+def as_trial(args: Any, trial: Trial) -> None:
+    """Have arguments measure and log as a trial asks, and save nothing.
+
+    Args:
+        args: the parsed arguments, of Megatron or of the FSDP2 training script.
+        trial: what is asked for.
+
+    Raises:
+        InputError: a run with these arguments cannot be compared with one that does not measure.
+    """
+    for name, reason in (
+        ("critical_sharpness_frozen", "it trains nothing that could be compared"),
+        ("adaptive_mix", "with it training follows the measurements, and differs without them"),
+    ):
+        if getattr(args, name, None) not in (None, False):
+            raise InputError(f"{flag_of(name)}: {reason}; leave it out of the command to verify")
+    args.measure_critical_sharpness_every = trial.every
+    args.critical_sharpness_log = str(trial.log)
+    args.save = None
+    args.log_progress = False
+    if args.tensorboard_dir:
+        args.tensorboard_dir = str(trial.folder / "tensorboard")
 
 
 def interleaved_group(args: Any) -> int:

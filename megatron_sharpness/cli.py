@@ -19,6 +19,7 @@ from megatron_sharpness.estimate import command as estimate
 from megatron_sharpness.report import command as report
 from megatron_sharpness.sweeps.checkpoints import command as checkpoints
 from megatron_sharpness.sweeps.mix import command as mix
+from megatron_sharpness.verify import command as verify
 
 COMMANDS = {
     "tokenize": (tokenize, "write text into Megatron's indexed dataset format, byte by byte"),
@@ -28,6 +29,7 @@ COMMANDS = {
         checkpoints,
         "measure a series of checkpoints, without their optimizer if need be",
     ),
+    "verify": (verify, "prove with a training command that it is measured right, and unchanged"),
     "estimate": (estimate, "predict what measuring would cost a run, in time and memory"),
 }
 

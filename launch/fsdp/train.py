@@ -39,9 +39,11 @@ from megatron_sharpness import arguments
 from megatron_sharpness.adaptive_mix.adaptive import AdaptiveMix
 from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.frozen import FrozenRun
+from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.pytorch import CriticalSharpness
+from megatron_sharpness.pytorch.trial import TrialSharpness
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
 #: A target that does not count, for ``cross_entropy``.
@@ -217,6 +219,8 @@ def train(
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         frozen = FrozenRun(lambda: [*trained, *model.buffers()])
 
+    if (trial := Trial.asked_for()) is not None:
+        args.exit_interval = iteration + trial.iterations
     last = iteration >= args.train_iters
     if last:
         say(args, f"  nothing to train: --train-iters {args.train_iters}, and that is reached")
@@ -286,7 +290,8 @@ def build_sharpness(
 ) -> CriticalSharpness | None:
     """What measures, or None where it is off."""
     settings = asdict(arguments.settings_of(args))
-    if not settings["every"] and args.critical_sharpness_frozen is None:
+    trial = Trial.asked_for()
+    if trial is None and not settings["every"] and args.critical_sharpness_frozen is None:
         return None
     log = arguments.log_path(args)
     sinks = [
@@ -294,8 +299,9 @@ def build_sharpness(
         *([JsonLinesSink(log)] if log else []),
         *curve_sinks(writer),
     ]
+    build: Any = CriticalSharpness if trial is None else functools.partial(TrialSharpness, trial)
     try:
-        return CriticalSharpness(
+        return build(  # type: ignore[no-any-return]
             model,
             optimizer,
             sinks=sinks,
@@ -322,6 +328,8 @@ def build_mix(args: argparse.Namespace, samples: Samples, writer: Any) -> Adapti
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; what cannot be is refused before processes meet."""
     args = parse_arguments(argv)
+    if (trial := Trial.asked_for()) is not None:
+        arguments.as_trial(args, trial)
     check_folders(args)
     built = build_model(args)
     samples = data.read_samples(args, built.tokenize)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_sharpness.core.memory import device_peak, host_peak
 from megatron_sharpness.core.replay import of_all_ranks
 
 _CHUNK = 1 << 24  # elements of a tensor that are copied to the host at a time
@@ -38,7 +37,7 @@ class FrozenRun:
             RuntimeError: something has changed.
         """
         seconds = time.perf_counter() - self._began
-        memory = max(of_all_ranks(_peak_memory()))
+        memory = max(of_all_ranks(device_peak() or host_peak()))
         after = fingerprint(self._tensors())
         if after != self._before:
             raise RuntimeError(
@@ -70,11 +69,3 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     if not dist.is_initialized():
         return digest.hexdigest()
     return hashlib.sha256(b"".join(of_all_ranks(digest.digest()))).hexdigest()
-
-
-def _peak_memory() -> int:
-    """Bytes: of the device's allocator, or the resident set where there is no device."""
-    if torch.accelerator.is_available():  # not torch.cuda, which is mapped to the CPU for Megatron
-        return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

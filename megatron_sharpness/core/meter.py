@@ -58,12 +58,14 @@ class Meter:
         self_tested: modes of the run that nobody could test. A number is believed once a watched
             measurement of this process has changed nothing and replayed the training loss exactly,
             and as long as each does the latter; if one does not, nothing more is measured.
+        confirm: told of a measurement of the step's own batch, with what evaluates its loss.
     """
 
     settings: Settings
     sinks: Sequence[Sink] = ()
     warn: Callable[[str], object] = warnings.warn
     self_tested: Sequence[str] = ()
+    confirm: Callable[[Step, Measurement, LossAt], object] | None = None
     guesses: dict[str, float] = field(default_factory=dict, init=False)
     test: SelfTest = field(default_factory=SelfTest, init=False)
     ended: str | None = field(default=None, init=False)
@@ -116,7 +118,10 @@ class Meter:
         """
         step = self._with_slope_that_agrees(step)
         train = self._unmeasured(step, TRAIN) or self._measured(step, loss_at)
-        measured = [replace(train, seconds=time.perf_counter() - step.started)]
+        train = replace(train, seconds=time.perf_counter() - step.started)
+        if self.confirm is not None and train.evaluations:
+            self.confirm(step, train, loss_at)
+        measured = [train]
         if part_loss_at is not None:
             measured += [
                 self._of_part(part, train, partial(part_loss_at, part.part)) for part in step.parts

@@ -136,7 +136,9 @@ class State:
             return ()
         if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
             self._keep_container(value)
-            items = value.items() if isinstance(value, dict) else enumerate(value)
+            # Sets of strings have another order in each process.
+            ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+            items = value.items() if isinstance(value, dict) else enumerate(ordered)
             self.plain[f"{name} length"] = len(value)
             held = [(f"{name}[{self._key(i, key)}]", v) for i, (key, v) in enumerate(items)]
             return [*held, *self._visit_object(name, value)]  # a subclass may have attributes

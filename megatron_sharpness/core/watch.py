@@ -6,7 +6,7 @@ is put back by those who know it; the watch sees the rest by itself, by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,12 +93,17 @@ class Checksums:
     __hash__ = None  # type: ignore[assignment]
 
     def values(self) -> list[int]:
-        devices = {total.device for total in self._sums}
-        found = {
-            device: iter(torch.stack([s for s in self._sums if s.device == device]).tolist())
-            for device in devices
-        }
-        return [next(found[total.device]) for total in self._sums]
+        return fetched(self._sums)
+
+
+def fetched(values: Sequence[Tensor]) -> list[Any]:
+    """Tensors of one shape and type as numbers; those of a device are waited for together."""
+    devices = {value.device for value in values}
+    found = {
+        device: iter(torch.stack([v for v in values if v.device == device]).tolist())
+        for device in devices
+    }
+    return [next(found[value.device]) for value in values]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_sharpness.arguments import add_arguments
+from megatron_sharpness.core.trial import Trial
 
 __all__ = ["hooked", "install"]
 
@@ -22,7 +23,7 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
     """Megatron's two functions of these names, with the flags and what follows from them.
 
     Nothing else is imported or hooked unless ``--measure-critical-sharpness-every`` is given, or
-    ``--critical-sharpness-frozen``.
+    ``--critical-sharpness-frozen``, or ``megatron-sharpness verify`` has started the run.
     """
 
     @functools.wraps(add_megatron_arguments)
@@ -33,16 +34,18 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
     def validate_and_attach(args: Any, *rest: Any, **kwargs: Any) -> Any:
         validated = validate_args(args, *rest, **kwargs)
         frozen = args.critical_sharpness_frozen is not None  # and must not train, measured or not
-        if args.measure_critical_sharpness_every or frozen:
+        trial = Trial.asked_for()
+        if args.measure_critical_sharpness_every or frozen or trial is not None:
             try:
                 from megatron_sharpness.megatron.hook import attach
+                from megatron_sharpness.megatron.trial import attach_trial
             except ImportError as error:
                 raise RuntimeError(
                     "--measure-critical-sharpness-every: this version of Megatron lacks what the "
                     f"measurement needs ({error}); use one of megatron-core 0.16 to 0.20, or leave "
                     "the flag out."
                 ) from error
-            attach(args)
+            attach(args) if trial is None else attach_trial(args, trial)
         return validated
 
     return add_all_arguments, validate_and_attach

@@ -16,6 +16,7 @@ from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings, check_sinks
+from megatron_sharpness.core.trial import Recorder, Trial, clock
 from megatron_sharpness.report.verdict import log_verdict
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
@@ -31,6 +32,7 @@ try:
     from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
+    from megatron_sharpness.megatron.watch import LAYOUT, write_down
 except ImportError as error:
     raise ImportError(
         f"megatron_sharpness.megatron.bridge needs Megatron-Bridge ({error}): run it in NVIDIA's "
@@ -73,6 +75,9 @@ class CriticalSharpnessCallback(Callback):
             raise SettingError("mode", mode, "give 'train' or 'eval'")
         if offload not in ("none", "cpu"):
             raise SettingError("offload", offload, "give 'none' or 'cpu'")
+        trial = Trial.asked_for()
+        self._trial = None if trial is None else _InTrial(trial)
+        every = every if trial is None else trial.every
         self._settings = Settings.of(self, every=every, **settings)
         check_sinks(sinks)
         self._sinks = sinks
@@ -105,6 +110,8 @@ class CriticalSharpnessCallback(Callback):
 
     def on_train_start(self, context: CallbackContext) -> None:
         state = context.state
+        if self._trial is not None:
+            self._trial.begin(context)
         if not self._settings.every:
             return
         dist_train = getattr(state.cfg.model, "dist_train", None)
@@ -117,18 +124,27 @@ class CriticalSharpnessCallback(Callback):
         refuse_unsupported(_options(context), self_tests=False)
         if (parts := self._settings.parts) is not None:
             self._parts = PartsOfModel(parts, context.model, context.optimizer)
-        self._meter = Meter(self._settings, warn=lambda message: None)
+        confirm = None if self._trial is None else self._trial.recorder.confirm
+        self._meter = Meter(self._settings, warn=lambda message: None, confirm=confirm)
         self._meter.load_state_dict(
             _StateLines.read(state.cfg.checkpoint.load, state.train_state.step)
         )
         if dist.get_rank() == dist.get_world_size() - 1:  # where Bridge's loggers are
             self._meter.warn = _print
-            self._meter.sinks = [*_sinks(state, self._meter), *self._sinks]
+            self._meter.sinks = (
+                [*_sinks(state, self._meter), *self._sinks]
+                if self._trial is None
+                else [JsonLinesSink(self._trial.trial.log)]
+            )
 
     def on_train_step_start(self, context: CallbackContext) -> None:
-        if self._meter.due(context.state.train_state.step + 1):
+        if self._trial is not None:
+            self._trial.begin_step(context)
+        iteration = context.state.train_state.step + 1
+        if self._settings.every and self._meter.due(iteration):
             self._recording = RecordingSchedule(self._schedule, context.model)
-            iteration = context.state.train_state.step + 1
+            if self._trial is not None:
+                self._trial.take_times(self._recording)
             self._observed = ObservedStep(
                 context.optimizer,
                 context.model,
@@ -139,6 +155,11 @@ class CriticalSharpnessCallback(Callback):
             self._watching.enter_context(self._observed.watching())
 
     def on_train_step_end(self, context: CallbackContext) -> None:
+        self._measure(context)
+        if self._trial is not None:
+            self._trial.end_step(context)
+
+    def _measure(self, context: CallbackContext) -> None:
         observed, recording, state = self._observed, self._recording, context.state
         self._watching.close()
         self._observed = self._recording = None
@@ -162,6 +183,53 @@ class CriticalSharpnessCallback(Callback):
     def on_train_end(self, context: CallbackContext) -> None:
         if self._settings.every:
             log_verdict(self._meter.sinks)
+
+
+class _InTrial:
+    """A trial of Bridge's training: it saves nothing, ends soon, and writes down what it is.
+
+    Attributes:
+        recorder: what writes.
+        since: when the step has begun.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.recorder: Any = None
+        self.since = 0.0
+
+    def begin(self, context: CallbackContext) -> None:
+        """Before the first step: Bridge asks for its configuration as it goes."""
+        cfg, state = context.state.cfg, context.state
+        cfg.checkpoint.save = None
+        cfg.train.exit_interval = state.train_state.step + self.trial.iterations
+        if cfg.logger.tensorboard_dir is not None:
+            cfg.logger.tensorboard_dir = str(self.trial.folder / "tensorboard")
+            state._tensorboard_logger = None  # made anew when it is asked for
+        ranks = dist.get_world_size()
+        self.recorder = Recorder(
+            self.trial, rank=dist.get_rank(), ranks=ranks,
+            layout={
+                **{name: getattr(_options(context), name, None) for name in LAYOUT},
+                "world_size": ranks,
+            },
+        )  # fmt: skip
+
+    def take_times(self, recording: RecordingSchedule) -> None:
+        """Of its forward-only passes."""
+        recording.replay = self.recorder.timed(recording.replay)  # type: ignore[method-assign]
+
+    def begin_step(self, context: CallbackContext) -> None:
+        if not self.since:
+            self._write_down(context, context.state.train_state.step, 0.0)
+        self.since = clock()
+
+    def end_step(self, context: CallbackContext) -> None:
+        self._write_down(context, context.state.train_state.step + 1, clock() - self.since)
+
+    def _write_down(self, context: CallbackContext, number: int, seconds: float) -> None:
+        parts = (context.model, context.optimizer, context.scheduler)
+        write_down(self.recorder, number, seconds, *parts)
 
 
 def _options(context: CallbackContext) -> SimpleNamespace:

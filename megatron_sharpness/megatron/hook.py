@@ -41,6 +41,7 @@ from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.frozen import FrozenRun
 from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.settings import Settings
+from megatron_sharpness.core.trial import Recorder
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import graphs
@@ -80,6 +81,7 @@ class MeasuredTrainStep:
         settings: when and what to measure with.
         args: Megatron's arguments, validated.
         sources: paths of evaluation data by name.
+        recorder: of a trial, that confirms what is measured.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class MeasuredTrainStep:
         settings: Settings,
         args: Any,
         sources: Mapping[str, Path],
+        recorder: Recorder | None,
     ) -> None:
         functools.update_wrapper(self, train_step)
         self._train_step = train_step
@@ -98,6 +101,7 @@ class MeasuredTrainStep:
         self._frozen: int | None = args.critical_sharpness_frozen
         self._frozen_run: FrozenRun | None = None
         self._sources = sources
+        self._recorder = recorder
         self._others: list[EvaluationSet] | None = None
         self._meter: Meter | None = None
         self._parts: PartsOfModel | None = None
@@ -119,6 +123,8 @@ class MeasuredTrainStep:
         if self._frozen is not None and self._frozen_run is None:
             self._frozen_run = FrozenRun(partial(trained_tensors, model, optimizer))
         schedule = RecordingSchedule(call.arguments["forward_backward_func"], model)
+        if self._recorder is not None:
+            schedule.replay = self._recorder.timed(schedule.replay)  # type: ignore[method-assign]
         call.arguments["forward_backward_func"] = schedule
         parts = self._parts if self._settings.due_parts(iteration) else None
         observed = ObservedStep(optimizer, model, get_args(), offload=self._offload, parts=parts)
@@ -148,6 +154,7 @@ class MeasuredTrainStep:
                 sinks=sinks,
                 warn=printing_on(dist.get_world_size() - 1),
                 self_tested=self_tested_here(get_args()),
+                confirm=None if self._recorder is None else self._recorder.confirm,
             )
             self._meter.load_state_dict(getattr(get_args(), STATE, {}))
         return self._meter
@@ -243,8 +250,12 @@ def _silent(message: str) -> None:
     pass
 
 
-def attach(args: Any) -> None:
+def attach(args: Any, recorder: Recorder | None = None) -> None:
     """Hook a validated Megatron configuration, or refuse it.
+
+    Args:
+        args: Megatron's arguments.
+        recorder: of a trial, that confirms what is measured.
 
     Raises:
         InputError: a flag or a combination of flags cannot be measured with.
@@ -268,4 +279,6 @@ def attach(args: Any) -> None:
         return check_args(checkpoint_args, *rest, **kwargs)
 
     checkpointing.check_checkpoint_args = check_args_and_take_state
-    training.train_step = MeasuredTrainStep(training.train_step, settings, args, sources)
+    training.train_step = MeasuredTrainStep(
+        training.train_step, settings, args, sources, recorder
+    )

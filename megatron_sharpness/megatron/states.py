@@ -60,16 +60,16 @@ def state_of(model: Sequence[Any]) -> State:
     """What the modules of this rank's model chunks keep beside their parameters."""
     roots = {f"model {i}": megatron_fsdp.unwrapped(chunk) for i, chunk in enumerate(model)}
     opened = (engine.LIBRARY,) if engine.quantizes(model) else ()
-    weights = {_storage(weight) for chunk in model for weight in chunk.parameters()}
+    weights = {place_of(weight) for chunk in model for weight in chunk.parameters()}
     return State(
         {**roots, **engine.shared_state(model)},
-        copied=lambda tensor: _storage(tensor) not in weights,  # a probe moves weights
+        copied=lambda tensor: place_of(tensor) not in weights,  # a probe moves weights
         opened=opened,
         without=graphs.holders(model),
     )
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def place_of(tensor: torch.Tensor) -> int:
     """Where a tensor lies; what has no memory lies nowhere that another one does."""
     held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     try:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from megatron_sharpness.core.errors import InputError, flag_of
 from megatron_sharpness.data import evaluation
+from megatron_sharpness.processes import run_command
 
 #: What :class:`~megatron_sharpness.core.frozen.FrozenRun` says at the end of a run.
 REPORT = re.compile(
@@ -156,7 +155,9 @@ class Frozen:
         if self.eval_samples:
             command += ["--critical-sharpness-eval-samples", str(self.eval_samples)]
         began = time.monotonic()
-        code = self._execute(command, log, partial, shown)
+        code = run_command(
+            command, log, lambda: f"{shown}: {self._done(partial)} of {self.measure} batches"
+        )
         seconds = time.monotonic() - began
         text = log.read_text(errors="replace")
         report = REPORT.search(text)
@@ -183,30 +184,6 @@ class Frozen:
         """Batches that are measured."""
         found = partial.read_text().count("\n") if partial.exists() else 0
         return found // (1 + len(self.eval_data))
-
-    def _execute(self, command: Sequence[str], log: Path, partial: Path, shown: str) -> int:
-        in_terminal = sys.stderr.isatty()
-        with log.open("w") as file:
-            try:
-                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-            except OSError as error:
-                raise InputError(
-                    f"-- {command[0]}: it cannot be started ({error.strerror}); give a program on "
-                    "the PATH, torchrun say, or the path of one"
-                ) from error
-            try:
-                while process.poll() is None:
-                    time.sleep(0.2)
-                    if in_terminal:
-                        done = f"{self._done(partial)} of {self.measure} batches"
-                        print(f"\r{shown}: {done} ", end="", file=sys.stderr)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-                if in_terminal:
-                    print("\r", end="", file=sys.stderr)
-        return process.returncode
 
 
 @dataclass(frozen=True)

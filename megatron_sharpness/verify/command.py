@@ -1,0 +1,122 @@
+"""``megatron-sharpness verify``: the promises proved with a training command of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from megatron_sharpness.core.errors import InputError
+
+#: Lines of a failed run's log that its error shows.
+_TAIL = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "training", nargs="+", metavar="-- COMMAND", help="what trains: torchrun … with its flags"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER",
+        help="of the page, the JSON and the logs; all nodes must see it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--iterations", type=int, default=12, metavar="N",
+        help="that each of the three runs makes, from scratch or from the command's --load "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--every", type=int, default=3, metavar="N",
+        help="iterations between the measurements of the third (default: %(default)s)",
+    )  # fmt: skip
+    parser.epilog = (
+        "The exit status is 0 if all promises hold, 1 if one does not, and 2 if it could not be "
+        "told. Nothing is saved but in FOLDER."
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command three times and compare."""
+    from megatron_sharpness.verify import runs
+
+    try:
+        trials = runs.trials(arguments.out, arguments.iterations, arguments.every)
+        existed = _make(arguments.out)
+        try:
+            for name, trial in trials.items():
+                _train(name, trial, arguments.training)
+            verification = runs.judge(arguments.out, trials, arguments.training)
+        except KeyboardInterrupt:
+            for trial in trials.values():
+                shutil.rmtree(trial.folder, ignore_errors=True)
+            if not existed:
+                shutil.rmtree(arguments.out, ignore_errors=True)
+            raise
+    except InputError as error:
+        print(f"megatron-sharpness verify: error: {error}", file=sys.stderr)
+        return 2
+    print(verification)
+    print(f"{arguments.out / 'verify.md'} says it in full")
+    return verification.status
+
+
+def _make(out: Path) -> bool:
+    """Make the folder, and say whether it was there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another folder") from error
+    return existed
+
+
+def _train(name: str, trial: object, command: list[str]) -> None:
+    """One of the runs.
+
+    Raises:
+        InputError: it failed, or has written nothing down.
+    """
+    from megatron_sharpness.core.trial import Trial
+    from megatron_sharpness.processes import run_command
+    from megatron_sharpness.verify.runs import RUNS
+    from megatron_sharpness.verify.traces import iterations_done
+
+    assert isinstance(trial, Trial)
+    shutil.rmtree(trial.folder, ignore_errors=True)
+    trial.folder.mkdir()
+    folder, log, shown = trial.folder.resolve(), trial.folder / "log.txt", RUNS[name][1]
+    began = time.monotonic()
+    code = run_command(
+        command,
+        log,
+        lambda: f"{shown}: {iterations_done(folder)} of {trial.iterations} iterations",
+        {**Trial(folder, trial.every, trial.iterations).environment(), "WANDB_MODE": "disabled"},
+    )
+    done = iterations_done(folder)
+    print(
+        f"{shown}: {done} iterations in {time.monotonic() - began:.0f} s", file=sys.stderr
+    )
+    if code == 0 and done:
+        return
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+    if code:
+        raise InputError(
+            f"the training command {shown} ended with {code} after {done} iterations. The end of "
+            f"{log}:\n{tail}"
+        )
+    raise InputError(
+        "the training command has measured nothing: it has to start Megatron through "
+        "`-m megatron_sharpness.megatron` or a patched checkout, Bridge with the callback, or "
+        "launch/fsdp/train.py, and hand its environment to all processes (mpirun -x "
+        f"CRITICAL_SHARPNESS_TRIAL, srun --export=ALL). The end of {log}:\n{tail}"
+    )

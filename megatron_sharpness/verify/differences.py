@@ -1,0 +1,190 @@
+"""Where trainings that should be the same part: iteration, rank and name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sharpness.verify.traces import Prints, RankTrace, Trace
+
+#: Trainings that do not repeat by themselves part at random: one with measurement is to lie within
+#: so many times the distance of two without it, at every iteration.
+FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first iteration after which a rank is not what it was in another run.
+
+    Attributes:
+        iteration: its number; the one before the first is the beginning.
+        rank: the first one.
+        names: what differs on that rank.
+    """
+
+    iteration: int
+    rank: int
+    names: tuple[str, ...]
+
+
+@dataclass
+class Comparison:
+    """Two trainings without measurement and one with it.
+
+    Attributes:
+        values: how many values of all ranks are compared after an iteration.
+        iterations: how many were made.
+        start: the number that what was before the first one has.
+        by_itself: where the two without it part; None if they do not.
+        disturbed: where the one with it leaves them.
+        unsteady: what differs between the two without it and is no state of training: clocks,
+            names of folders. It is not compared.
+        spread: root-mean-square relative distance of the tensors of the two without it, by
+            iteration, where they do not repeat.
+        distance: the same of the one with it from the nearer one of the two.
+        log_lines: how many lines of the log are compared.
+        log_differs: the first one that the measurement changes: iteration and names.
+    """
+
+    values: int = 0
+    iterations: int = 0
+    start: int = 0
+    by_itself: Difference | None = None
+    disturbed: Difference | None = None
+    unsteady: set[str] = field(default_factory=set)
+    spread: dict[int, float] = field(default_factory=dict)
+    distance: dict[int, float] = field(default_factory=dict)
+    log_lines: int = 0
+    log_differs: tuple[int, tuple[str, ...]] | None = None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether training does by itself."""
+        return self.by_itself is None
+
+    @property
+    def beyond(self) -> list[int]:
+        """Iterations after which the one with it lies farther away than chance lets them part."""
+        return [i for i, d in self.distance.items() if d > FACTOR * self.spread[i]]
+
+    @property
+    def same(self) -> bool:
+        """Whether measuring has changed nothing, as far as chance lets that be told."""
+        return self.disturbed is None and self.log_differs is None and not self.beyond
+
+
+def compare(first: Trace, second: Trace, measured: Trace) -> Comparison:
+    """The runs of :mod:`megatron_sharpness.verify`, rank by rank.
+
+    Args:
+        first, second: without measurement.
+        measured: with it.
+    """
+    found = Comparison()
+    for rank in range(first.ranks):
+        _plain_rank(found, rank, *(run.rank(rank) for run in (first, second)))
+    sums: dict[int, list[_Distance]] = {}
+    for rank in range(first.ranks):
+        _measured_rank(found, sums, rank, *(run.rank(rank) for run in (first, second, measured)))
+    for i, (between, from_first, from_second) in sums.items():
+        found.spread[i] = between.value
+        found.distance[i] = min(from_first.value, from_second.value)
+    _compare_logs(found, first.log, second.log, measured.log)
+    return found
+
+
+def _plain_rank(found: Comparison, rank: int, first: RankTrace, second: RankTrace) -> None:
+    """The two without measurement."""
+    found.values += max(map(len, first.prints.values()), default=0)
+    found.iterations, found.start = len(first.made), next(iter(first.prints))
+    for i in first.prints:
+        names = _unequal(first.prints[i], second.prints.get(i, {}))
+        state = [name for name in names if _is_state(name, first.prints[i], second.prints.get(i))]
+        found.unsteady.update(set(names) - set(state))
+        if state:
+            found.by_itself = _earlier(found.by_itself, Difference(i, rank, tuple(state)))
+
+
+def _measured_rank(
+    found: Comparison, sums: dict[int, list[_Distance]], rank: int, *runs: RankTrace
+) -> None:
+    first, second, measured = runs
+    parted = math.inf if found.by_itself is None else found.by_itself.iteration
+    for i, prints in first.prints.items():
+        other, now = second.prints.get(i, {}), measured.prints.get(i, {})
+        names = [name for name in _unequal(prints, now) if name not in found.unsteady]
+        if i >= parted:  # what has repeated all the same, and is no number that chance moves
+            steady = set(names) - set(_unequal(prints, other))
+            names = [name for name in names if name in steady and not _moves(prints.get(name))]
+            distances = sums.setdefault(i, [_Distance(), _Distance(), _Distance()])
+            pairs = ((prints, other), (prints, now), (other, now))
+            for distance, pair in zip(distances, pairs, strict=True):
+                distance.add(*pair)
+        if names:
+            found.disturbed = _earlier(found.disturbed, Difference(i, rank, tuple(names)))
+
+
+class _Distance:
+    """Root mean square of ⟨w − v, z⟩/‖w‖ over tensors w and v of the same name."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, some: Prints, others: Prints) -> None:
+        for name, value in some.items():
+            other = others.get(name)
+            if not _moves(value) or other is None or not _moves(other):
+                continue
+            off = (float(value[1]) - float(other[1])) / float(value[2])
+            self._sum += off * off if math.isfinite(off) else 0.0
+            self._count += 1
+
+    @property
+    def value(self) -> float:
+        return math.sqrt(self._sum / self._count) if self._count else 0.0
+
+
+def _moves(value: list[Any] | None) -> bool:
+    """Whether it is a tensor of floating-point numbers."""
+    return value is not None and len(value) == 3 and bool(float(value[2]))
+
+
+def _is_state(name: str, *runs: Prints | None) -> bool:
+    """Whether it is a tensor or a random state, and no clock or name of a folder."""
+    tensor = any(len((prints or {}).get(name, ())) == 3 for prints in runs)
+    return tensor or name.startswith("random states")
+
+
+def _unequal(some: Prints, others: Prints) -> list[str]:
+    names = {**some, **others}
+    return [name for name in names if some.get(name, [])[:1] != others.get(name, [])[:1]]
+
+
+def _earlier(one: Difference | None, other: Difference) -> Difference:
+    if one is None or (other.iteration, other.rank) < (one.iteration, one.rank):
+        return other
+    return one
+
+
+def _compare_logs(found: Comparison, *logs: dict[int, dict[str, str]]) -> None:
+    first, second, measured = logs
+    names = list(dict.fromkeys(name for line in first.values() for name in line))
+    steady = [n for n in names if all(_said(first, i, n) == _said(second, i, n) for i in first)]
+    found.log_lines = len(first)
+    for i in first:
+        if differs := [n for n in steady if _said(first, i, n) != _said(measured, i, n)]:
+            found.log_differs = (i, tuple(differs))
+            return
+
+
+def _said(log: dict[int, dict[str, str]], iteration: int, name: str) -> str | None:
+    return log.get(iteration, {}).get(name)
+
+
+def grouped(names: Iterable[str], most: int = 8) -> str:
+    """The first of many names, and how many they are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,240 @@
+"""What a verification has found: in a few lines, as a page, and as JSON."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_sharpness.verify.cost import INTERVALS
+from megatron_sharpness.verify.differences import FACTOR, Comparison, Difference, grouped
+from megatron_sharpness.verify.number import Numbers, line_crosses_once
+
+#: Exit status: all promises hold, one does not, or it could not be told.
+HOLDS, DIFFERS, NOT_TOLD = 0, 1, 2
+
+#: What makes kernels repeat.
+REMEDY = (
+    "Megatron's --deterministic-mode (with NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, "
+    "CUBLAS_WORKSPACE_CONFIG=:4096:8 and NCCL_ALGO=Ring), or "
+    "torch.use_deterministic_algorithms(True), makes kernels repeat"
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A training that was run without measurement, twice, and with it.
+
+    Attributes:
+        command: that trains; empty where it was called.
+        every: the interval of the measurements.
+        facts: what rank 0 ran on.
+        comparison: of the three.
+        numbers: the measurements, evaluated again.
+        cost: in time and memory.
+    """
+
+    command: Sequence[str]
+    every: int
+    facts: dict[str, Any]
+    comparison: Comparison
+    numbers: Numbers
+    cost: dict[str, Any]
+
+    @property
+    def status(self) -> int:
+        """0, 1 or 2: as the exit status."""
+        if not self.comparison.same or not self.numbers.right:
+            return DIFFERS
+        return HOLDS if self.numbers.found else NOT_TOLD
+
+    @property
+    def promises(self) -> dict[str, str]:
+        """Each, and whether it holds."""
+        return {
+            "training repeats by itself": self._repeats(),
+            "training with measurement is the same": self._same(),
+            "the number is right": self._right(),
+            "what it costs": self._costs(),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{promise}: {said}" for promise, said in self.promises.items())
+
+    def document(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        comparison = asdict(self.comparison)
+        comparison["unsteady"] = sorted(self.comparison.unsteady)
+        return {
+            "status": self.status, "promises": self.promises, "command": list(self.command),
+            "every": self.every, "facts": self.facts, "comparison": comparison,
+            "measurements": self.numbers.rows, "wrong": self.numbers.wrong, "cost": self.cost,
+        }  # fmt: skip
+
+    def page(self) -> str:
+        """As Markdown."""
+        facts = self.facts
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        layout = ", ".join(f"{name} {value}" for name, value in facts["layout"].items())
+        verdict = {HOLDS: "all promises hold", DIFFERS: "a promise does not hold",
+                   NOT_TOLD: "it could not be told"}[self.status]  # fmt: skip
+        parts = [
+            f"# Critical sharpness verified: {verdict}",
+            _table(("promise", "in this training"), self.promises.items()),
+            "## The training",
+            f"```\n{shlex.join(self.command)}\n```" if self.command else "",
+            _table(
+                ("", ""),
+                (
+                    ("processes", facts["ranks"]),
+                    ("device of rank 0", f"{facts['device']} ({facts['processor']})"),
+                    ("versions", versions),
+                    ("layout", layout),
+                ),
+            ),
+            "## Measurements",
+            _table(
+                ("iteration", "status", "λ_c", "L(θ) in training", "replayed", "L at the lower end",
+                 "at η_c", "at the upper end", "η_c", "by the paper's search", "forward passes",
+                 "of the paper's"),
+                map(_row, self.numbers.rows),
+            ),
+            "## Time and memory",
+            _table(("", ""), self._cost_rows()),
+            self._details(),
+        ]  # fmt: skip
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _repeats(self) -> str:
+        found = self.comparison
+        if found.by_itself is None:
+            return (
+                f"yes: {found.values:,} values of {self.facts['ranks']} processes after each of "
+                f"{found.iterations} iterations, and {found.log_lines} lines of the log"
+            )
+        return f"no: two runs without measurement part {self._where(found.by_itself)}. {REMEDY}"
+
+    def _same(self) -> str:
+        found = self.comparison
+        if found.disturbed is not None:
+            return f"NO: it differs {self._where(found.disturbed)}"
+        if found.beyond:
+            i = found.beyond[0]
+            return (
+                f"NO: after iteration {i} it lies {found.distance[i]:.2g} from the runs without, "
+                f"which lie {found.spread[i]:.2g} apart (root mean square of tensors, relative)"
+            )
+        if found.log_differs is not None:
+            i, names = found.log_differs
+            return f"NO: the log of iteration {i} says another {grouped(names)}"
+        if found.repeats:
+            return "yes, bit for bit"
+        return (
+            "as far as that can be told: up to where training itself parts bit for bit, and then "
+            f"never more than {FACTOR:g} times as far from the runs without as these are apart "
+            f"(at most {self._nearness():.2g} times)"
+        )
+
+    def _nearness(self) -> float:
+        pairs = ((self.comparison.distance[i], d) for i, d in self.comparison.spread.items() if d)
+        return max((far / apart for far, apart in pairs), default=0.0)
+
+    def _right(self) -> str:
+        numbers = self.numbers
+        if numbers.wrong:
+            i, reason = numbers.wrong[0]
+            more = f" (and {len(numbers.wrong) - 1} more)" if len(numbers.wrong) > 1 else ""
+            return f"NO: iteration {i}: {reason}{more}"
+        if not numbers.found:
+            statuses = ", ".join(sorted({r["measured"]["status"] for r in numbers.rows}))
+            return (
+                f"not told: no measurement has found an η_c ({statuses or 'none was made'}); give "
+                "more --iterations, a smaller --every, or a training that is farther on (--load)"
+            )
+        errors = [abs(r["replayed"] - r["trained"]) for r in numbers.rows if r["trained"]]
+        replayed = f"L(θ) is replayed to {max(errors):.2g} nat, " if errors else ""
+        return (
+            f"yes: of {len(numbers.rows)} measurements {numbers.found} have an η_c; {replayed}each "
+            "bracket holds when it is evaluated again, and the paper's search finds the same"
+        )
+
+    def _costs(self) -> str:
+        cost = self.cost
+        if not cost["iteration_seconds"] or not cost["measurement_seconds"]:
+            return "not told: too few iterations"
+        return (
+            f"a measurement takes {cost['measurement_seconds'] / cost['iteration_seconds']:.2f} "
+            f"iterations; every 100 that is {cost['overhead']['100']:.2%} of the training time"
+        )
+
+    def _where(self, difference: Difference) -> str:
+        where = f"after iteration {difference.iteration}"
+        if difference.iteration == self.comparison.start:
+            where = "before the first iteration"
+        return f"{where} on rank {difference.rank}, in {grouped(difference.names)}"
+
+    def _cost_rows(self) -> list[tuple[str, str]]:
+        cost = self.cost
+        iteration, one = cost["iteration_seconds"], cost["pass_seconds"]
+        rows = [
+            ("an iteration without measurement", _seconds(iteration)),
+            ("a forward-only pass over its batch", _seconds(one)),
+            ("a probe", _seconds(cost["probe_seconds"], one, "passes")),
+            ("the first measurement, which tests itself",
+             _seconds(cost["first_measurement_seconds"], iteration, "iterations")),
+            ("a later measurement", _seconds(cost["measurement_seconds"], iteration, "iterations")),
+        ]  # fmt: skip
+        for every in INTERVALS:
+            share = cost["overhead"][str(every)]
+            rows.append((f"overhead at every {every}", "–" if share is None else f"{share:.2%}"))
+        for kind in ("device", "host"):
+            if (memory := cost[f"{kind}_memory"]) is not None:
+                off, on = (memory[key] / 2**20 for key in ("off", "on"))
+                rows.append(
+                    (f"peak memory of the {kind}, off and on, of rank {memory['rank']}",
+                     f"{off:,.1f} and {on:,.1f} MiB, {on - off:+,.1f}")
+                )  # fmt: skip
+        return rows
+
+    def _details(self) -> str:
+        lines = [f"- iteration {i}: {reason}" for i, reason in self.numbers.wrong]
+        lines += [
+            f"- iteration {row['confirmed']}: the loss crosses L(θ) more than once, so that two "
+            "searches may find two η_c"
+            for row in self.numbers.rows
+            if row["losses"] and not line_crosses_once(row)
+        ]
+        if unsteady := self.comparison.unsteady:
+            lines.append(f"- not compared, since no two runs have the same: {grouped(unsteady)}")
+        for title, found in (("without measurement", self.comparison.by_itself),
+                             ("with measurement", self.comparison.disturbed)):  # fmt: skip
+            if found is not None:
+                lines.append(f"- {title}, {self._where(found)}: {grouped(found.names, 200)}")
+        return "\n".join(["## Details", "", *lines]) if lines else ""
+
+
+def _row(line: dict[str, Any]) -> Sequence[str]:
+    record, other = line["measured"], line["bisection"] or {}
+    losses = line["losses"] or [None] * 3
+    return [
+        str(line["confirmed"]), record["status"], _number(record["critical_sharpness"], 5),
+        *(_number(value, 9) for value in (line["trained"], line["replayed"], *losses)),
+        _number(record["critical_lr"], 5), _number(other.get("critical_lr"), 5),
+        str(record["evaluations"]), str(other.get("evaluations", "–")),
+    ]  # fmt: skip
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _seconds(value: float | None, unit: float | None = None, name: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g} s" + (f", {value / unit:.2f} {name}" if unit else "")
+
+
+def _table(header: Sequence[str], rows: Any) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
