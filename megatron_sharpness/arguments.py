@@ -202,6 +202,7 @@ def as_trial(args: Any, trial: Trial) -> None:
     args.critical_sharpness_log = str(trial.log)
     args.save = None
     args.log_progress = False
+    args.log_interval = 1
     if args.tensorboard_dir:
         args.tensorboard_dir = str(trial.folder / "tensorboard")
 

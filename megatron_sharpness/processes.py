@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from megatron_sharpness.core.errors import InputError
 
 #: Seconds that processes have to end in, once they are asked to: torchrun waits 30 for its own.
 PATIENCE = 40.0
+
+#: Lines of a failed command's log that its error shows.
+_TAIL = 15
 
 
 def run_command(
@@ -30,7 +34,7 @@ def run_command(
     Args:
         command: program and arguments.
         log: the file.
-        progress: what a terminal shows meanwhile.
+        progress: what a terminal shows meanwhile; an exception of it ends the command.
         environment: variables in addition to those of this process.
 
     Returns:
@@ -54,11 +58,20 @@ def run_command(
         begun.append(process)
         while process.poll() is None:
             time.sleep(0.1)
+            shown = progress()
             if in_terminal:
-                print(f"\r{progress()} ", end="", file=sys.stderr)
+                print(f"\r{shown} ", end="", file=sys.stderr)
         if in_terminal:
             print("\r", end="", file=sys.stderr)
     return process.returncode
+
+
+def end_of(log: Path) -> str:
+    """What the error of a command that failed shows of what it has printed."""
+    text = log.read_text(errors="replace")
+    # torchrun ends a log with a report of its own, in which the error does not stand.
+    said = re.split(r"^.*\] failed \(exitcode: ", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return f"The end of {log}:\n" + "\n".join(said.splitlines()[-_TAIL:])
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_sharpness.core.errors import reason_of
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.memory import device_peak, host_peak
+from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.search import find_critical_lr
 from megatron_sharpness.core.state import State
 from megatron_sharpness.core.step import LossAt, Step
@@ -41,6 +42,10 @@ PACKAGES = (
     "megatron-sharpness", "torch", "megatron-core", "megatron-bridge", "megatron-fsdp",
     "transformer-engine", "flash-attn", "triton", "numpy",
 )  # fmt: skip
+
+
+#: A part of a name that each process draws for itself: a UUID.
+_OF_A_PROCESS = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Recorder:
         self._file = (trial.folder / f"rank-{rank}.jsonl").open("w", encoding="utf-8")
         self._before: dict[str, list[Any]] = {}
         self._passes: list[float] = []
+        self._tokens: list[float] = []
         self._confirming = 0.0
         self._sketches = Sketches()
         device = torch.cuda.get_device_name() if torch.accelerator.is_available() else "CPU"
@@ -101,14 +107,24 @@ class Recorder:
             layout={name: value for name, value in layout.items() if value not in (None, False)},
         )  # fmt: skip
 
-    def timed(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """A forward-only pass that says how long it takes."""
+    def timed(
+        self,
+        function: Callable[[], Any],
+        tokens: Callable[[Any], Sequence[float]] = lambda result: (),
+    ) -> Callable[[], Any]:
+        """A forward-only pass that says how long it takes.
+
+        Args:
+            function: the pass.
+            tokens: of each loss that it returns, where these are averaged one by one.
+        """
 
         @functools.wraps(function)
         def timed_function() -> Any:
             started = clock()
             result = function()
             self._passes.append(clock() - started)
+            self._tokens = list(tokens(result))
             return result
 
         return timed_function
@@ -149,8 +165,9 @@ class Recorder:
         except Exception as error:
             found["error"] = reason_of(error)
         self._write(
-            confirmed=step.iteration, **found, passes=self._passes[-len(seconds) :], probes=seconds
-        )
+            confirmed=step.iteration, **found, tokens=self._tokens,
+            passes=self._passes[-len(seconds) :], probes=seconds,
+        )  # fmt: skip
         self._confirming += clock() - started
 
     def iteration(
@@ -158,6 +175,7 @@ class Recorder:
         number: int,
         seconds: float,
         roots: Mapping[str, object],
+        random: RandomStates,
         *,
         left_out: Callable[[Tensor], bool] = lambda tensor: False,
         **options: Any,
@@ -168,17 +186,21 @@ class Recorder:
             number: of the iteration.
             seconds: that it took, with its measurement.
             roots: what training reads later, by name.
+            random: the random states.
             left_out: whether a tensor is not to be compared.
             options: of :class:`~megatron_sharpness.core.state.State`.
         """
         state = State(roots, parameters=True, copied=lambda tensor: False, **options)
         kept = {name: t for name, t in state.tensors.items() if not left_out(t)}
-        now: dict[str, list[Any]] = {name: [identity(value)] for name, value in state.plain.items()}
+        now: dict[str, list[Any]] = {
+            f"random states of {name}": [identity(v)] for name, v in random.values().items()
+        }
+        now |= {_OF_A_PROCESS.sub("*", name): [identity(v)] for name, v in state.plain.items()}
         sums = Checksums(kept.values()).values()
         sketches = fetched([self._sketches.of(t) for t in kept.values()])
         for (name, tensor), checksum, sketch in zip(kept.items(), sums, sketches, strict=True):
             kind = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-            now[name] = [f"{kind} {checksum & (2**64 - 1):016x}", *map(_finite, sketch)]
+            now[name] = [f"{kind} {checksum & (2**64 - 1):016x}", *sketch]
         before, self._before = self._before, now
         changed = {name: value for name, value in now.items() if before.get(name) != value}
         self._write(
@@ -189,7 +211,7 @@ class Recorder:
         self._confirming = 0.0
 
     def _write(self, **entries: Any) -> None:
-        self._file.write(json.dumps(entries, allow_nan=False, default=str) + "\n")
+        self._file.write(json.dumps(entries, default=str) + "\n")
         self._file.flush()
 
 
@@ -254,10 +276,6 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, held)
     else:
         digest.update(repr(value).encode())
-
-
-def _finite(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
 
 
 def _versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ try:
 
     from megatron_sharpness.megatron.parts import PartsOfModel
     from megatron_sharpness.megatron.quiet import quiet
-    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
+    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, tokens_of
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
     from megatron_sharpness.megatron.watch import LAYOUT, write_down
@@ -202,6 +202,7 @@ class _InTrial:
         """Before the first step: Bridge asks for its configuration as it goes."""
         cfg, state = context.state.cfg, context.state
         cfg.checkpoint.save = None
+        cfg.logger.log_interval = 1
         cfg.train.exit_interval = state.train_state.step + self.trial.iterations
         if cfg.logger.tensorboard_dir is not None:
             cfg.logger.tensorboard_dir = str(self.trial.folder / "tensorboard")
@@ -217,7 +218,8 @@ class _InTrial:
 
     def take_times(self, recording: RecordingSchedule) -> None:
         """Of its forward-only passes."""
-        recording.replay = self.recorder.timed(recording.replay)  # type: ignore[method-assign]
+        timed = self.recorder.timed(recording.replay, tokens_of)
+        recording.replay = timed  # type: ignore[method-assign]
 
     def begin_step(self, context: CallbackContext) -> None:
         if not self.since:

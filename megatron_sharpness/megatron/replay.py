@@ -31,6 +31,11 @@ class Loss:
     tokens: torch.Tensor | None
 
 
+def tokens_of(losses: Sequence[Loss]) -> list[float]:
+    """How many each loss of a micro-batch is of; 1 where its function says none."""
+    return [1.0 if each.tokens is None else float(each.tokens.sum()) for each in losses]
+
+
 class RecordingSchedule:
     """A ``forward_backward_func`` that runs the real one and remembers how to repeat it.
 

@@ -18,6 +18,9 @@ from megatron_sharpness.pytorch.losses import Evaluate
 from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
 from megatron_sharpness.sinks import JsonLinesSink
 
+#: Where an optimizer keeps the hooks by which its coming step is observed.
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
 
 class TrialSharpness(CriticalSharpness):
     """:class:`CriticalSharpness` that measures and logs as a trial asks.
@@ -68,6 +71,6 @@ class TrialSharpness(CriticalSharpness):
     def _write_down(self, step: int, seconds: float) -> None:
         optimizers = {f"optimizer {i}" if i else "optimizer": entry
                       for i, entry in enumerate(self._optimizers)}  # fmt: skip
-        random = RandomStates().values()
-        roots = {"model": self._model, **optimizers, **self._keep, "random states": random}
-        self._recorder.iteration(step, seconds, roots, ignored=GATHERED)
+        roots = {"model": self._model, **optimizers, **self._keep}
+        ignored = (*GATHERED, *_HOOKS)
+        self._recorder.iteration(step, seconds, roots, RandomStates(), ignored=ignored)

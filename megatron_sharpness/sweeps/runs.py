@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_sharpness.core.errors import InputError, flag_of
 from megatron_sharpness.data import evaluation
-from megatron_sharpness.processes import run_command
+from megatron_sharpness.processes import end_of, run_command
 
 #: What :class:`~megatron_sharpness.core.frozen.FrozenRun` says at the end of a run.
 REPORT = re.compile(
@@ -24,9 +24,6 @@ REPORT = re.compile(
     r"steps and measurements took (?P<seconds>[\d.]+) s \| "
     r"peak memory of a process: (?P<memory>[\d.]+) MiB"
 )
-
-#: Lines of a failed run's log that its error shows.
-_TAIL = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, eval_data: bool = False) -> None:
@@ -162,12 +159,9 @@ class Frozen:
         text = log.read_text(errors="replace")
         report = REPORT.search(text)
         if code or report is None or self._done(partial) < self.measure:
-            # torchrun ends a log with a report of its own, in which the error does not stand.
-            said = re.split(r"^.*\] failed \(exitcode: ", text, maxsplit=1, flags=re.MULTILINE)[0]
-            tail = "\n".join(said.splitlines()[-_TAIL:])
             raise RunFailed(
                 f"the training command ended with {code} and {self._done(partial)} of "
-                f"{self.measure} batches measured. The end of {log}:\n{tail}\n"
+                f"{self.measure} batches measured. {end_of(log)}\n"
             )
         partial.rename(records)
         return Report(report["sha256"], seconds, float(report["seconds"]), float(report["memory"]))

@@ -6,12 +6,14 @@ import argparse
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sharpness.core.errors import InputError
 
-#: Lines of a failed run's log that its error shows.
-_TAIL = 20
+if TYPE_CHECKING:
+    from megatron_sharpness.core.trial import Trial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--every", type=int, default=3, metavar="N",
         help="iterations between the measurements of the third (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="S",
+        help="seconds after which an iteration counts as hung, the first with all before it "
+        "(default: %(default)g)",
+    )  # fmt: skip
     parser.epilog = (
         "The exit status is 0 if all promises hold, 1 if one does not, and 2 if it could not be "
         "told. Nothing is saved but in FOLDER."
@@ -47,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         existed = _make(arguments.out)
         try:
             for name, trial in trials.items():
-                _train(name, trial, arguments.training)
+                _train(name, trial, arguments.training, arguments.timeout)
             verification = runs.judge(arguments.out, trials, arguments.training)
         except KeyboardInterrupt:
             for trial in trials.values():
@@ -80,43 +87,46 @@ def _make(out: Path) -> bool:
     return existed
 
 
-def _train(name: str, trial: object, command: list[str]) -> None:
+def _train(name: str, trial: Trial, command: list[str], timeout: float) -> None:
     """One of the runs.
 
     Raises:
-        InputError: it failed, or has written nothing down.
+        InputError: it failed, hung, or has written nothing down.
     """
-    from megatron_sharpness.core.trial import Trial
-    from megatron_sharpness.processes import run_command
+    from megatron_sharpness.processes import end_of, run_command
     from megatron_sharpness.verify.runs import RUNS
     from megatron_sharpness.verify.traces import iterations_done
 
-    assert isinstance(trial, Trial)
     shutil.rmtree(trial.folder, ignore_errors=True)
     trial.folder.mkdir()
     folder, log, shown = trial.folder.resolve(), trial.folder / "log.txt", RUNS[name][1]
-    began = time.monotonic()
-    code = run_command(
-        command,
-        log,
-        lambda: f"{shown}: {iterations_done(folder)} of {trial.iterations} iterations",
-        {**Trial(folder, trial.every, trial.iterations).environment(), "WANDB_MODE": "disabled"},
-    )
+    began = since = time.monotonic()
+    done = 0
+
+    def progress() -> str:
+        nonlocal done, since
+        if (now := iterations_done(folder)) != done:
+            done, since = now, time.monotonic()
+        if time.monotonic() - since > timeout:
+            raise InputError(
+                f"the training command {shown} made no iteration for {timeout:g} s after {done} "
+                f"(--timeout). {end_of(log)}"
+            )
+        return f"{shown}: {done} of {trial.iterations} iterations"
+
+    environment = replace(trial, folder=folder).environment()
+    code = run_command(command, log, progress, {**environment, "WANDB_MODE": "disabled"})
     done = iterations_done(folder)
-    print(
-        f"{shown}: {done} iterations in {time.monotonic() - began:.0f} s", file=sys.stderr
-    )
-    if code == 0 and done:
-        return
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+    print(f"{shown}: {done} iterations in {time.monotonic() - began:.0f} s", file=sys.stderr)
     if code:
         raise InputError(
-            f"the training command {shown} ended with {code} after {done} iterations. The end of "
-            f"{log}:\n{tail}"
+            f"the training command {shown} ended with {code} after {done} iterations. "
+            f"{end_of(log)}"
         )
-    raise InputError(
-        "the training command has measured nothing: it has to start Megatron through "
-        "`-m megatron_sharpness.megatron` or a patched checkout, Bridge with the callback, or "
-        "launch/fsdp/train.py, and hand its environment to all processes (mpirun -x "
-        f"CRITICAL_SHARPNESS_TRIAL, srun --export=ALL). The end of {log}:\n{tail}"
-    )
+    if not done:
+        raise InputError(
+            "the training command has written nothing down: it has to start Megatron through "
+            "`-m megatron_sharpness.megatron` or a patched checkout, Bridge with the callback, or "
+            "launch/fsdp/train.py, and hand its environment to all processes (mpirun -x "
+            f"CRITICAL_SHARPNESS_TRIAL, srun --export=ALL). {end_of(log)}"
+        )

@@ -39,8 +39,8 @@ class Comparison:
         start: the number that what was before the first one has.
         by_itself: where the two without it part; None if they do not.
         disturbed: where the one with it leaves them.
-        unsteady: what differs between the two without it and is no state of training: clocks,
-            names of folders. It is not compared.
+        unsteady: what differs between the two without it and is no tensor: clocks, names of
+            folders, random states without a seed. It is not compared.
         spread: root-mean-square relative distance of the tensors of the two without it, by
             iteration, where they do not repeat.
         distance: the same of the one with it from the nearer one of the two.
@@ -99,9 +99,16 @@ def _plain_rank(found: Comparison, rank: int, first: RankTrace, second: RankTrac
     """The two without measurement."""
     found.values += max(map(len, first.prints.values()), default=0)
     found.iterations, found.start = len(first.made), next(iter(first.prints))
-    for i in first.prints:
-        names = _unequal(first.prints[i], second.prints.get(i, {}))
-        state = [name for name in names if _is_state(name, first.prints[i], second.prints.get(i))]
+    for i, prints in first.prints.items():
+        others = second.prints.get(i, {})
+        names = [name for name in _unequal(prints, others) if name not in found.unsteady]
+        state = [
+            name
+            for name in names
+            if any(len(run.get(name, ())) == 3 for run in (prints, others))
+            # Random states that no seed was given begin with others in each process.
+            or (name.startswith("random states") and i != found.start)
+        ]
         found.unsteady.update(set(names) - set(state))
         if state:
             found.by_itself = _earlier(found.by_itself, Difference(i, rank, tuple(state)))
@@ -149,12 +156,6 @@ class _Distance:
 def _moves(value: list[Any] | None) -> bool:
     """Whether it is a tensor of floating-point numbers."""
     return value is not None and len(value) == 3 and bool(float(value[2]))
-
-
-def _is_state(name: str, *runs: Prints | None) -> bool:
-    """Whether it is a tensor or a random state, and no clock or name of a folder."""
-    tensor = any(len((prints or {}).get(name, ())) == 3 for prints in runs)
-    return tensor or name.startswith("random states")
 
 
 def _unequal(some: Prints, others: Prints) -> list[str]:

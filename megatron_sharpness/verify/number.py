@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,10 @@ from megatron_sharpness.verify.traces import Trace
 
 #: How far two losses that should be one may lie apart, in root-mean-square errors of a loss.
 NOISE = 4.0
+
+#: How far L(θ) may lie from a loss in the log, relatively: that is printed to seven digits.
+LOGGED = 2 * EXACT
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 
 #: The paper's search ends with a bracket of this relative width, and takes its middle.
 BISECTION = 1 / 16
@@ -36,18 +41,23 @@ class Numbers:
 
 def check(measured: Trace) -> Numbers:
     """The measurements of a run, as all its ranks have confirmed them."""
-    numbers = Numbers()
-    lines = measured.rank(0).confirmed
+    numbers, log = Numbers(), measured.log
+    ranks = [measured.rank(rank).confirmed for rank in range(measured.ranks)]
+    lines = ranks[0]
     for record in measured.records:
         if record["status"] == "failed":
             numbers.wrong.append((record["iteration"], f"not measured: {record['reason']}"))
+    # Else Megatron's log averages over tokens, and its gradient over micro-batches.
+    even = len({n for confirmed in ranks for line in confirmed for n in line["tokens"]}) <= 1
     for line in lines:
         numbers.rows.append(line)
         numbers.found += bool(line["losses"])
         numbers.wrong += [(line["confirmed"], reason) for reason in _wrong(line)]
+        if even and (reason := _not_logged(line, log.get(line["confirmed"], {}))) is not None:
+            numbers.wrong.append((line["confirmed"], reason))
     said = ("measured", "trained", "replayed", "losses", "bisection")
-    for rank in range(1, measured.ranks):
-        for mine, other in zip(measured.rank(rank).confirmed, lines, strict=False):
+    for rank, confirmed in enumerate(ranks):
+        for mine, other in zip(confirmed, lines, strict=False):
             for name in said:
                 if _timeless(mine[name]) != _timeless(other[name]):
                     numbers.wrong.append(
@@ -96,6 +106,23 @@ def _wrong(line: dict[str, Any]) -> list[str]:
             "search"
         )
     return found
+
+
+def _not_logged(line: dict[str, Any], logged: dict[str, str]) -> str | None:
+    """Whether L(θ) is no loss that the training's own log has, nor all of them together."""
+    losses = {
+        name: float(value)
+        for name, value in logged.items()
+        if name.endswith("loss") and _NUMBER.fullmatch(value)
+    }
+    trained = line["trained"]
+    if not losses or trained is None:
+        return None
+    most = LOGGED * max(1.0, abs(trained))
+    if any(abs(loss - trained) <= most for loss in (*losses.values(), sum(losses.values()))):
+        return None
+    said = ", ".join(f"{name} {value:.7g}" for name, value in losses.items())
+    return f"L(θ) is {trained:.9g}, and the training's own log says {said}"
 
 
 def line_crosses_once(line: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,9 @@ from megatron_sharpness.verify.number import Numbers, line_crosses_once
 
 #: Exit status: all promises hold, one does not, or it could not be told.
 HOLDS, DIFFERS, NOT_TOLD = 0, 1, 2
+
+#: What makes what a training begins with repeat.
+SEED = "Give what initializes that a fixed seed"
 
 #: What makes kernels repeat.
 REMEDY = (
@@ -66,11 +70,12 @@ class Verification:
         """All of it, for JSON."""
         comparison = asdict(self.comparison)
         comparison["unsteady"] = sorted(self.comparison.unsteady)
-        return {
+        document = {
             "status": self.status, "promises": self.promises, "command": list(self.command),
             "every": self.every, "facts": self.facts, "comparison": comparison,
             "measurements": self.numbers.rows, "wrong": self.numbers.wrong, "cost": self.cost,
         }  # fmt: skip
+        return _strict(document)  # type: ignore[no-any-return]
 
     def page(self) -> str:
         """As Markdown."""
@@ -109,11 +114,16 @@ class Verification:
     def _repeats(self) -> str:
         found = self.comparison
         if found.by_itself is None:
+            lines = f", and {found.log_lines} lines of the log" if found.log_lines else ""
             return (
                 f"yes: {found.values:,} values of {self.facts['ranks']} processes after each of "
-                f"{found.iterations} iterations, and {found.log_lines} lines of the log"
+                f"{found.iterations} iterations{lines}"
             )
-        return f"no: two runs without measurement part {self._where(found.by_itself)}. {REMEDY}"
+        at_start = found.by_itself.iteration == found.start
+        return (
+            f"no: two runs without measurement part {self._where(found.by_itself)}. "
+            f"{SEED if at_start else REMEDY}"
+        )
 
     def _same(self) -> str:
         found = self.comparison
@@ -233,6 +243,15 @@ def _seconds(value: float | None, unit: float | None = None, name: str = "") -> 
     if value is None:
         return "–"
     return f"{value:.4g} s" + (f", {value / unit:.2f} {name}" if unit else "")
+
+
+def _strict(value: Any) -> Any:
+    """The same with ``None`` for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _strict(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(header: Sequence[str], rows: Any) -> str:

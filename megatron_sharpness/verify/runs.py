@@ -66,7 +66,7 @@ def judge(out: Path, trials: dict[str, Trial], command: Sequence[str]) -> Verifi
         numbers=check(measured),
         cost=cost(first, second, measured),
     )
-    document = json.dumps(verification.document(), indent=1)
+    document = json.dumps(verification.document(), indent=1, allow_nan=False)
     (out / "verify.json").write_text(document + "\n", encoding="utf-8")
     (out / "verify.md").write_text(verification.page(), encoding="utf-8")
     return verification
