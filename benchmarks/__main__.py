@@ -25,6 +25,7 @@ NAMES = (
     "passes",
     "precision",
     "watch",
+    "verified",
 )
 
 

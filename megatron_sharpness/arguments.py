@@ -196,7 +196,8 @@ def as_trial(args: Any, trial: Trial) -> None:
         ("critical_sharpness_frozen", "it trains nothing that could be compared"),
         ("adaptive_mix", "with it training follows the measurements, and differs without them"),
     ):
-        if getattr(args, name, None) not in (None, False):
+        value = getattr(args, name, None)
+        if value is not None and value is not False:  # --critical-sharpness-frozen 0 is a value
             raise InputError(f"{flag_of(name)}: {reason}; leave it out of the command to verify")
     args.measure_critical_sharpness_every = trial.every
     args.critical_sharpness_log = str(trial.log)

@@ -44,6 +44,9 @@ PACKAGES = (
 )  # fmt: skip
 
 
+#: Learning rates of a step at which the loss is another one than at its own.
+FAR = 1000.0
+
 #: A part of a name that each process draws for itself: a UUID.
 _OF_A_PROCESS = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -132,7 +135,8 @@ class Recorder:
     def confirm(self, step: Step, record: Measurement, loss_at: LossAt) -> None:
         """Evaluate again what a measurement says, and search as the paper does. Collective.
 
-        That is L(θ), the two ends of the bracket and η_c in it, and Algorithms 1 and 2.
+        That is L(θ), the two ends of the bracket and η_c in it, and Algorithms 1 and 2; where there
+        is no η_c, L at the step's own rate and far out.
         """
         started = clock()
         seconds: list[float] = []
@@ -146,7 +150,7 @@ class Recorder:
 
         found: dict[str, Any] = {
             "measured": json.loads(record.to_json()), "trained": step.training_loss,
-            "replayed": None, "losses": [], "bisection": None, "error": None,
+            "replayed": None, "losses": [], "apart": [], "bisection": None, "error": None,
         }  # fmt: skip
         try:
             found["replayed"] = evaluate(0.0)
@@ -161,7 +165,7 @@ class Recorder:
                     "non_monotone": search.non_monotone, "evaluations": search.evaluations,
                 }  # fmt: skip
             else:
-                evaluate(step.lr)
+                found["apart"] = [evaluate(step.lr), evaluate(FAR * step.lr)]
         except Exception as error:
             found["error"] = reason_of(error)
         self._write(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sharpness.verify.traces import Prints, RankTrace, Trace
 
-#: Trainings that do not repeat by themselves part at random: one with measurement is to lie within
-#: so many times the distance of two without it, at every iteration.
-FACTOR = 10.0
+#: Trainings that do not repeat by themselves part at random. The tensors of one with measurement
+#: are to lie within so many times the distance of two without, in the median, after each iteration.
+#: Where all that chance does goes one way, three trainings miss that in one of a hundred.
+FACTOR = 30.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,8 @@ class Comparison:
         disturbed: where the one with it leaves them.
         unsteady: what differs between the two without it and is no tensor: clocks, names of
             folders, random states without a seed. It is not compared.
-        spread: root-mean-square relative distance of the tensors of the two without it, by
-            iteration, where they do not repeat.
-        distance: the same of the one with it from the nearer one of the two.
+        ratio: by iteration, where they do not repeat: how many times as far the one with it lies
+            from the nearer one of the two as these are apart, in the median over all tensors.
         log_lines: how many lines of the log are compared.
         log_differs: the first one that the measurement changes: iteration and names.
     """
@@ -54,8 +56,7 @@ class Comparison:
     by_itself: Difference | None = None
     disturbed: Difference | None = None
     unsteady: set[str] = field(default_factory=set)
-    spread: dict[int, float] = field(default_factory=dict)
-    distance: dict[int, float] = field(default_factory=dict)
+    ratio: dict[int, float] = field(default_factory=dict)
     log_lines: int = 0
     log_differs: tuple[int, tuple[str, ...]] | None = None
 
@@ -67,7 +68,7 @@ class Comparison:
     @property
     def beyond(self) -> list[int]:
         """Iterations after which the one with it lies farther away than chance lets them part."""
-        return [i for i, d in self.distance.items() if d > FACTOR * self.spread[i]]
+        return [i for i, ratio in self.ratio.items() if ratio > FACTOR]
 
     @property
     def same(self) -> bool:
@@ -85,12 +86,11 @@ def compare(first: Trace, second: Trace, measured: Trace) -> Comparison:
     found = Comparison()
     for rank in range(first.ranks):
         _plain_rank(found, rank, *(run.rank(rank) for run in (first, second)))
-    sums: dict[int, list[_Distance]] = {}
+    ratios: dict[int, list[_Ratios]] = {}
     for rank in range(first.ranks):
-        _measured_rank(found, sums, rank, *(run.rank(rank) for run in (first, second, measured)))
-    for i, (between, from_first, from_second) in sums.items():
-        found.spread[i] = between.value
-        found.distance[i] = min(from_first.value, from_second.value)
+        _measured_rank(found, ratios, rank, *(run.rank(rank) for run in (first, second, measured)))
+    for i, pair in ratios.items():
+        found.ratio[i] = min(each.median for each in pair)
     _compare_logs(found, first.log, second.log, measured.log)
     return found
 
@@ -115,7 +115,7 @@ def _plain_rank(found: Comparison, rank: int, first: RankTrace, second: RankTrac
 
 
 def _measured_rank(
-    found: Comparison, sums: dict[int, list[_Distance]], rank: int, *runs: RankTrace
+    found: Comparison, ratios: dict[int, list[_Ratios]], rank: int, *runs: RankTrace
 ) -> None:
     first, second, measured = runs
     parted = math.inf if found.by_itself is None else found.by_itself.iteration
@@ -125,32 +125,32 @@ def _measured_rank(
         if i >= parted:  # what has repeated all the same, and is no number that chance moves
             steady = set(names) - set(_unequal(prints, other))
             names = [name for name in names if name in steady and not _moves(prints.get(name))]
-            distances = sums.setdefault(i, [_Distance(), _Distance(), _Distance()])
-            pairs = ((prints, other), (prints, now), (other, now))
-            for distance, pair in zip(distances, pairs, strict=True):
-                distance.add(*pair)
+            from_first, from_second = ratios.setdefault(i, [_Ratios(), _Ratios()])
+            from_first.add(now, prints, other)
+            from_second.add(now, other, prints)
         if names:
             found.disturbed = _earlier(found.disturbed, Difference(i, rank, tuple(names)))
 
 
-class _Distance:
-    """Root mean square of ⟨w − v, z⟩/‖w‖ over tensors w and v of the same name."""
+class _Ratios:
+    """|⟨w − v, z⟩| / |⟨u − v, z⟩| of tensors of the same name, in a run with measurement (w) and
+    two without (v, u); z is that of :class:`~megatron_sharpness.core.trial.Sketches`."""
 
     def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
+        self._values = array("d")
 
-    def add(self, some: Prints, others: Prints) -> None:
-        for name, value in some.items():
-            other = others.get(name)
-            if not _moves(value) or other is None or not _moves(other):
+    def add(self, measured: Prints, plain: Prints, other: Prints) -> None:
+        for name, value in plain.items():
+            runs = (measured.get(name), value, other.get(name))
+            if not all(map(_moves, runs)):
                 continue
-            off = (float(value[1]) - float(other[1])) / float(value[2])
-            self._sum += off * off if math.isfinite(off) else 0.0
-            self._count += 1
+            w, v, u = (float(run[1]) for run in runs if run is not None)
+            if w != v or u != v:
+                self._values.append(abs(w - v) / abs(u - v) if u != v else math.inf)
 
     @property
-    def value(self) -> float:
-        return math.sqrt(self._sum / self._count) if self._count else 0.0
+    def median(self) -> float:
+        return statistics.median(self._values) if self._values else 0.0
 
 
 def _moves(value: list[Any] | None) -> bool:

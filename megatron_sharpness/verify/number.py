@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sharpness.core.checks import EXACT
+from megatron_sharpness.core.trial import FAR
 from megatron_sharpness.verify.traces import Trace
 
 #: How far two losses that should be one may lie apart, in root-mean-square errors of a loss.
@@ -84,6 +85,11 @@ def _wrong(line: dict[str, Any]) -> list[str]:
                 f"L(θ) was {trained:.9g} in training and {replayed:.9g} when it was replayed, "
                 f"{abs(replayed - trained):.2g} apart"
             )
+    if line["apart"] and line["apart"][0] == line["apart"][1]:
+        found.append(
+            f"the probes do not move the weights: L is {line['apart'][0]:.9g} at the step's own "
+            f"learning rate and at {FAR:g} times that"
+        )
     if not line["losses"]:
         return found
     below, at, above = line["losses"]

@@ -132,23 +132,20 @@ class Verification:
         if found.beyond:
             i = found.beyond[0]
             return (
-                f"NO: after iteration {i} it lies {found.distance[i]:.2g} from the runs without, "
-                f"which lie {found.spread[i]:.2g} apart (root mean square of tensors, relative)"
+                f"NO: after iteration {i} its tensors lie {found.ratio[i]:.2g} times as far from "
+                "those of the runs without as these are apart, in the median"
             )
         if found.log_differs is not None:
             i, names = found.log_differs
             return f"NO: the log of iteration {i} says another {grouped(names)}"
         if found.repeats:
             return "yes, bit for bit"
+        most = max(found.ratio.values(), default=0.0)
         return (
             "as far as that can be told: up to where training itself parts bit for bit, and then "
             f"never more than {FACTOR:g} times as far from the runs without as these are apart "
-            f"(at most {self._nearness():.2g} times)"
+            f"(at most {most:.2g} times, in the median of tensors)"
         )
-
-    def _nearness(self) -> float:
-        pairs = ((self.comparison.distance[i], d) for i, d in self.comparison.spread.items() if d)
-        return max((far / apart for far, apart in pairs), default=0.0)
 
     def _right(self) -> str:
         numbers = self.numbers

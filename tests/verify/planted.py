@@ -11,17 +11,16 @@ from torch import Tensor
 from megatron_sharpness.core.state import State
 from megatron_sharpness.core.watch import Watch
 
+#: ``setattr``, or pytest's, which takes it back.
+Replace = Callable[[Any, str, Any], object]
 
-def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    setattr(owner, name, function)
 
-
-def blind(replace: Callable[[Any, str, Any], object] = _replace) -> None:
+def blind(replace: Replace = setattr) -> None:
     """The run's own watch sees nothing, so that the comparison has to."""
     replace(Watch, "changes", lambda self, device: [])
 
 
-def restore_left_out(replace: Callable[[Any, str, Any], object] = _replace) -> None:
+def restore_left_out(replace: Replace = setattr) -> None:
     """In Megatron the weights stay where the last probe has left them."""
     from megatron_sharpness.megatron.line import MegatronLine
 
@@ -34,15 +33,14 @@ def restore_left_out(replace: Callable[[Any, str, Any], object] = _replace) -> N
     replace(MegatronLine, "restore", leave_there)
 
 
-def buffer_left_changed(replace: Callable[[Any, str, Any], object] = _replace) -> None:
-    """In Megatron what a forward pass changes of the model's buffers is not put back."""
-    from megatron_sharpness.megatron import quiet, replay
+def buffer_left_changed(replace: Replace = setattr) -> None:
+    """In Megatron what probes have changed of the model's buffers is not put back in the end."""
+    from megatron_sharpness.megatron import quiet
 
-    for module in (quiet, replay):
-        replace(module, "state_of", lambda model: State({}))
+    replace(quiet, "state_of", lambda model: State({}))
 
 
-def stale_weights(replace: Callable[[Any, str, Any], object] = _replace) -> None:
+def stale_weights(replace: Replace = setattr) -> None:
     """In Megatron the last rank's weights do not reach the forward passes of probes."""
     import torch.distributed as dist
 
@@ -56,7 +54,7 @@ def stale_weights(replace: Callable[[Any, str, Any], object] = _replace) -> None
     replace(MegatronLine, "move", move_not_all)
 
 
-def wrong_reduction(replace: Callable[[Any, str, Any], object] = _replace) -> None:
+def wrong_reduction(replace: Replace = setattr) -> None:
     """The loss of a probe is rank 0's, and not summed over the ranks."""
     import torch.distributed as dist
 
