@@ -1,4 +1,4 @@
-"""``megatron-sharpness verify`` of real trainings: promises that hold, and faults that are found."""
+"""``megatron-sharpness verify`` of real trainings: promises that hold, faults that are found."""
 
 from __future__ import annotations
 
