@@ -17,6 +17,7 @@ RARE = (
     "tests/experiments/test_phenomena.py::test_full_batch*",
     "tests/experiments/test_phenomena.py::test_adam*",
     "tests/experiments/test_phenomena.py::test_critical_sharpness_of_a_gpt*",
+    "tests/launch/test_gpu_check.py",
     "tests/launch/test_fsdp_data.py::test_a_hugging_face_dataset*",  # another framework's
     "tests/megatron/test_adaptive_mix.py",
     "tests/megatron/test_bridge.py",
@@ -36,6 +37,7 @@ RARE = (
 LONG = (
     "tests/sweeps/checkpoints/test_training.py",
     "tests/pytorch/test_layouts.py",
+    "tests/verify/test_trainings.py",
     "tests/megatron/test_bitwise.py",
     "tests/megatron/test_versions.py",
     "tests/benchmarks/test_memory.py",

@@ -33,6 +33,14 @@ def test_the_loop_of_a_page_runs_and_its_records_are_drawn(
     assert (tmp_path / "curves.png").is_file()
 
 
+def test_the_loop_that_is_verified_holds_its_promises(tmp_path: Path) -> None:
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "docs/verify.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    said = python(tmp_path, "-c", snippet[1])
+    assert "training with measurement is the same: yes, bit for bit" in said
+    assert (tmp_path / "verified" / "verify.md").is_file()
+
+
 def python(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],

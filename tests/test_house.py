@@ -13,8 +13,8 @@ PACKAGE = Path(megatron_sharpness.__file__).parent
 #: its own alone.
 FLOORS = (
     ("cli",),
-    ("megatron", "trainers", "sweeps", "estimate"),
-    ("pytorch", "adaptive_mix", "arguments"),
+    ("megatron", "trainers", "sweeps", "verify", "estimate"),
+    ("pytorch", "adaptive_mix", "arguments", "processes"),
     ("data", "reference", "report"),
     ("sinks",),
     ("core",),
