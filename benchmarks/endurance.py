@@ -15,10 +15,10 @@ death of one, and is started again after the SIGTERM.
     losses, end   of every iteration, and hashes of all that training has changed, on each rank,
                   compared with those of the plain run bit for bit
     records       compared with those of the measured run, but for the seconds
-    memory        after a garbage collection, every 1/150 of the iterations; the slope of a straight
-                  line by least squares from the second third of a process's life on, and its
-                  standard error, in which a sample may depend on those beside it (Newey and West
-                  1987, over an eighth of the samples)
+    memory        after a garbage collection, at 150 of the iterations; the slope of a straight line
+                  from the second third of a process's life on, by least squares through the means
+                  of 10 blocks, and its standard error: samples depend on those beside them, and
+                  means hardly do
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -46,6 +46,7 @@ from benchmarks.results import ROOT, markdown
 
 ITERATIONS = 3000
 RANKS = 2
+BLOCKS = 10
 
 #: What names the faults of a run, and after how many iterations its memory is looked at.
 PLAN, SAMPLE = "BENCHMARK_PLAN", "BENCHMARK_SAMPLE"
@@ -232,18 +233,18 @@ def drifts(rows: Sequence[Row]) -> dict[str, Any]:
     return {"first": first, "last": last, **slopes}
 
 
-def drift(iterations: Iterable[float], values: Iterable[float]) -> list[float]:
-    """The slope of a straight line by least squares, and its standard error (Newey and West)."""
-    x, y = np.array(list(iterations), dtype=float), np.array(list(values), dtype=float)
+def drift(iterations: Sequence[float], values: Sequence[float]) -> list[float]:
+    """The slope of a straight line through the means of blocks, and its standard error."""
+    blocks = min(BLOCKS, len(values))
+    x, y = (
+        np.array([block.mean() for block in np.array_split(np.array(each, dtype=float), blocks)])
+        for each in (iterations, values)
+    )
     x, y = x - x.mean(), y - y.mean()
     slope = (x @ y) / (x @ x)
-    scores = x * (y - slope * x)
-    lags = len(x) // 8
-    variance = scores @ scores + 2 * sum(
-        (1 - lag / (lags + 1)) * (scores[lag:] @ scores[:-lag]) for lag in range(1, lags + 1)
-    )
-    variance *= len(x) / (len(x) - 2)
-    return [float(f"{value:.3g}") for value in (slope, math.sqrt(max(variance, 0.0)) / (x @ x))]
+    left = y - slope * x
+    error = math.sqrt((left @ left) / (blocks - 2) / (x @ x))
+    return [float(f"{value:.3g}") for value in (slope, error)]
 
 
 def costs(faulty: Ran, measured: Ran, faults: Plan) -> dict[str, Any]:
