@@ -13,10 +13,12 @@ import resource
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_args, training
 
 from benchmarks import ranks
@@ -35,7 +37,7 @@ FOLDER = Path(os.environ[ranks.OUT])
 log, train, build = (
     training.training_log, training.train, training.build_train_valid_test_data_iterators
 )  # fmt: skip
-replay, write = RecordingSchedule.replay, JsonLinesSink.write
+replay, forward, write = RecordingSchedule.replay, TransformerLayer.forward, JsonLinesSink.write
 
 
 class Mallinfo(ctypes.Structure):
@@ -102,6 +104,7 @@ class Faults:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.measured = 0  # the iteration whose first probe was seen
+        self.raises = False
 
     def replay(self, schedule: RecordingSchedule) -> list[Loss]:
         """The first probe of each measurement, and the faults that are planned for it."""
@@ -113,12 +116,20 @@ class Faults:
             for helper in multiprocessing.active_children():
                 helper.kill()
             os.kill(os.getpid(), signal.SIGKILL)
-        if first and iteration == self.plan.exception and RANK == LAST:
-            raise RuntimeError("injected")
-        losses = replay(schedule)
+        self.raises = first and iteration == self.plan.exception and RANK == LAST
+        try:
+            losses = replay(schedule)
+        finally:
+            self.raises = False
         if first and iteration == self.plan.nan and RANK == LAST:
             return [dataclasses.replace(each, loss=each.loss * torch.nan) for each in losses]
         return losses
+
+    def forward(self, layer: TransformerLayer, *args: Any, **kwargs: Any) -> Any:
+        """Raises between two layers, when a pass has drawn a part of its random numbers."""
+        if self.raises and layer.layer_number == 2:
+            raise RuntimeError("injected")
+        return forward(layer, *args, **kwargs)
 
     def write(self, sink: JsonLinesSink, record: Measurement) -> None:
         """The log's disk is full for some iterations, from the middle of a line on."""
@@ -133,11 +144,18 @@ class Faults:
         write(sink, record)
 
 
+def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: function(self, *args, **kwargs)
+
+
 if __name__ == "__main__":
     training.training_log, training.train = observed_log, observed_train
     training.build_train_valid_test_data_iterators = build_without_a_draw
     if PLAN in os.environ:
         faults = Faults(Plan(**json.loads(os.environ[PLAN])))
-        RecordingSchedule.replay = lambda self: faults.replay(self)  # type: ignore[method-assign]
-        JsonLinesSink.write = lambda self, record: faults.write(self, record)  # type: ignore[method-assign]
+        for owner, method in (
+            (RecordingSchedule, faults.replay), (TransformerLayer, faults.forward),
+            (JsonLinesSink, faults.write),
+        ):  # fmt: skip
+            setattr(owner, method.__name__, _as_method(method))
     runpy.run_path(str(ROOT / "launch" / "pretrain_gpt.py"), run_name="__main__")
