@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import ranks
 from benchmarks.results import ROOT, markdown
@@ -61,11 +60,11 @@ MEGATRON = """
 --exit-signal-handler --distributed-timeout-minutes 2
 """
 
-#: What is looked at of a process's memory.
+#: What is looked at of a process's memory, and how a slope is written.
 MEMORY = {
-    "resident": "resident bytes",
-    "allocated": "allocated bytes",
-    "blocks": "Python's blocks",
+    "resident": ("resident bytes", ",.0f"),
+    "allocated": ("allocated bytes", ",.1f"),
+    "blocks": ("Python's blocks", ".2f"),
 }
 
 Row = dict[str, Any]
@@ -192,6 +191,8 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _curves(folder: Path) -> dict[str, set[int]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder), {"scalars": 0}, purge_orphaned_data=False).Reload()
     tags = {*events.Tags()["scalars"]} & {"lm loss", "critical-sharpness-seconds"}
     return {tag: {point.step for point in events.Scalars(tag)} for tag in tags}
@@ -336,10 +337,12 @@ def table(document: dict[str, Any]) -> str:
         ),
     )  # fmt: skip
     memory = markdown(
-        ("memory an iteration", "rank", "iterations of a process", *MEMORY.values()),
+        ("memory an iteration", "rank", "iterations of a process",
+         *(name for name, _ in MEMORY.values())),
         (
             (name, process["rank"], f"{process['first']}–{process['last']}",
-             *("{:,.1f} ± {:,.1f}".format(*process[kind]) for kind in MEMORY))
+             *(" ± ".join(format(value, form) for value in process[kind])
+               for kind, (_, form) in MEMORY.items()))
             for name, run in runs.items()
             for process in run["memory"]
         ),
