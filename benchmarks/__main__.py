@@ -22,6 +22,7 @@ NAMES = (
     "hessian",
     "memory",
     "growth",
+    "endurance",
     "passes",
     "precision",
     "watch",

@@ -13,6 +13,7 @@ from tests.processes import ROOT
 #: anew, four processes where two are tried too, rare situations in Megatron, and the CPU backend's
 #: own. By file, or by file and test; tests may mark themselves, too.
 RARE = (
+    "tests/benchmarks/test_endurance.py::test_a_short_run*",
     "tests/benchmarks/test_memory.py",
     "tests/experiments/test_phenomena.py::test_full_batch*",
     "tests/experiments/test_phenomena.py::test_adam*",
@@ -41,6 +42,7 @@ LONG = (
     "tests/megatron/test_bitwise.py",
     "tests/megatron/test_versions.py",
     "tests/benchmarks/test_memory.py",
+    "tests/benchmarks/test_endurance.py",
     "tests/megatron/test_bridge.py",
     "tests/experiments/test_phenomena.py",
     "tests/megatron/test_situations.py",
