@@ -150,7 +150,7 @@ def read_tests(folder: Path, log: str) -> dict[str, Any]:
 
 def read_verification(folder: Path, log: str) -> dict[str, Any]:
     """What ``verify.json`` says."""
-    document = json.loads([*folder.rglob("verify.json")][0].read_text())
+    document = json.loads((folder / "verify" / "verify.json").read_text())
     cost = document["cost"]
     said = "; ".join(f"{promise}: {found}" for promise, found in document["promises"].items())
     if cost["probe_seconds"] and cost["pass_seconds"]:

@@ -128,6 +128,7 @@ def run() -> dict[str, Any]:
             "trainer": case.trainer,
             "processes": case.processes,
             "status": document["status"],
+            "promises": document["promises"],
             "values": comparison["values"],
             "iterations": comparison["iterations"],
             "log_lines": comparison["log_lines"],

@@ -138,8 +138,8 @@ def _read_runs(arguments: argparse.Namespace) -> list[Run]:
             raise InputError(f"RUN {name}: given {names.count(name)} times; give each run once")
     runs = []
     for name, path in zip(names, arguments.runs, strict=True):
-        file, logged = records_file(path), Logged()
-        others = read_batches(file)
+        file, logged, notes = records_file(path), Logged(), list[str]()
+        others = read_batches(file, notes)
         records = others.pop(TRAIN)
         names = [name for name in others if name.startswith(PART)]
         parts = {name.removeprefix(PART): others.pop(name) for name in names}
@@ -149,5 +149,6 @@ def _read_runs(arguments: argparse.Namespace) -> list[Run]:
             logged = read_training_log(arguments.train_log)
         elif path.is_dir() and arguments.out:  # else nothing is drawn, and they may be large
             logged = read_tensorboard_beside(file)
+        logged.notes.extend(notes)
         runs.append(Run(name, records, logged, others, parts))
     return runs

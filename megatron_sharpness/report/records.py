@@ -34,6 +34,10 @@ WHERE = (
 )
 
 
+#: What a line begins with, the first field of a measurement; and so one that is cut short.
+_BEGIN = '{"iter'
+
+
 @dataclass(frozen=True)
 class Curve:
     """Values, and the iterations that they are of, ascending."""
@@ -126,12 +130,17 @@ def read_records(path: Path) -> list[Record]:
     return read_batches(path)[TRAIN]
 
 
-def read_batches(path: Path) -> dict[str, list[Record]]:
+def read_batches(path: Path, notes: list[str] | None = None) -> dict[str, list[Record]]:
     """The measurements on the training batch, ``train``, on other data, and of parts of the model,
     each by iteration, under the names that :attr:`Measurement.name` has.
 
     Where a run went back to an earlier iteration, as one does that is resumed or begun anew, what
-    was measured from there on before is left out.
+    was measured from there on before is left out, and so is a line that a killed run or a full disk
+    has cut short.
+
+    Args:
+        path: of the JSON lines.
+        notes: told of lines that are cut short.
 
     Raises:
         InputError: no such file, a line that is no record, or no measurement at all.
@@ -140,12 +149,18 @@ def read_batches(path: Path) -> dict[str, list[Record]]:
     for number, line in enumerate(_read_text(path, f"RUN {path}").splitlines(), start=1):
         if not line.strip():
             continue
+        if line.startswith(_BEGIN) and not line.rstrip().endswith("}"):
+            if notes is not None:
+                notes.append(
+                    f"line {number} of {path} is cut short, by a killed run or a full disk; it is "
+                    "left out"
+                )
+            continue
         try:
             record = _parse(line)
         except ValueError as error:
             raise InputError(
-                f"RUN {path}, line {number}: not a measurement ({error}); delete the line if a "
-                f"killed run cut it short, or {WHERE}"
+                f"RUN {path}, line {number}: not a measurement ({error}); {WHERE}"
             ) from None
         name = name_of(record.get("batch", TRAIN), record.get("part"))
         own = found.setdefault(name, [])

@@ -9,12 +9,17 @@ import pytest
 from benchmarks.__main__ import NAMES
 from benchmarks.results import RESULTS, ROOT, load
 
-PAGE = (ROOT / "docs" / "cost.md").read_text()
+PAGE = "".join((ROOT / "docs" / name).read_text() for name in ("cost.md", "verify.md"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_has_the_table(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").table(load(name)) in PAGE
+
+
+def test_the_page_of_verify_shows_what_it_has_said() -> None:
+    first = next(iter(load("verified")["results"].values()))
+    assert "\n".join(f"{name}: {said}" for name, said in first["promises"].items()) in PAGE
 
 
 def test_the_sentences_of_the_readme_have_the_figures_of_the_results() -> None:

@@ -127,7 +127,9 @@ def test_parts_are_read_apart_and_the_first_to_break_is_named(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"iteration": 10, "status": "found"}\n{"iterat', "line 2: .*no JSON.; delete"),
+        ('{"iteration": 10, "status": "found"}\n{"iteration": }', "line 2: .*no JSON"),
+        ("no record\n", "line 1: not a measurement .no JSON"),
+        ('{"iteration": 10, "sta', "holds no measurement"),
         ('{"iteration": 10, "status": "fine"}\n', "line 1: not a measurement .*status 'fine'"),
         ("[1]\n", "line 1: not a measurement .JSON, but no object"),
         ('{"lr": 1}\n', "line 1: not a measurement .status None"),
@@ -140,6 +142,18 @@ def test_lines_that_are_no_records_are_named(tmp_path: Path, text: str, message:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_records(path)
+
+
+def test_lines_that_are_cut_short_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "log.jsonl", [record(10), record(20), record(30)])
+    first, second, third = path.read_text().splitlines()
+    path.write_text(f"{first}\n{second[:100]}\n{third}\n{first[:7]}")
+    assert [each["iteration"] for each in read_records(path)] == [10, 30]
+    assert cli.main(["report", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "line 2 of" in told and "line 4 of" in told and "line 3" not in told
 
 
 def test_a_missing_log_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,13 +92,13 @@ def test_from_a_checkpoint_and_without_a_trace(tmp_path: Path) -> None:
     """It goes on from ``--load``, and neither ``--save`` nor TensorBoard's folder is written."""
     folder = tmp_path / "run"
     flags = f"--save {folder}/checkpoints --save-interval 3 --tensorboard-dir {folder}/tensorboard"
-    trained = dataclasses.replace(ONE, flags=f"{ONE.flags} {flags} --exit-interval 3")
+    trained = Case("Megatron", 1, f"{flags} --exit-interval 3")
     verify(trained, tmp_path / "before", *SHORT)
     assert not folder.exists()
     _train(trained.command(tmp_path))
     before = sorted(folder.rglob("*"))
     assert any(path.name == "iter_0000003" for path in before)
-    loaded = dataclasses.replace(ONE, flags=f"{ONE.flags} {flags} --load {folder}/checkpoints")
+    loaded = Case("Megatron", 1, f"{flags} --load {folder}/checkpoints")
     document = verify(loaded, tmp_path / "out", *SHORT)
     assert document["status"] == 0, document["promises"]
     assert [row["confirmed"] for row in document["measurements"]] == [4, 6]
