@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         trials = runs.trials(arguments.out, arguments.iterations, arguments.every)
-        existed = _make(arguments.out)
+        existed = runs.begin(arguments.out)
         try:
             for name, trial in trials.items():
                 _train(name, trial, arguments.training, arguments.timeout)
@@ -68,23 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(verification)
     print(f"{arguments.out / 'verify.md'} says it in full")
     return verification.status
-
-
-def _make(out: Path) -> bool:
-    """Make the folder, and say whether it was there.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    existed = out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}; give another folder") from error
-    return existed
 
 
 def _train(name: str, trial: Trial, command: list[str], timeout: float) -> None:

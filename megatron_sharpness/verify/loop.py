@@ -71,6 +71,7 @@ def verify(
     folder = Path(tempfile.mkdtemp()) if out is None else Path(out)
     random = RandomStates()
     trials = runs.trials(folder, steps, every)
+    runs.begin(folder)
     try:
         for trial in trials.values():
             random.restore()

@@ -21,6 +21,9 @@ RUNS = {
     "measured": (True, "with measurement"),
 }
 
+#: What a verification writes.
+PAGES = ("verify.json", "verify.md")
+
 
 def trials(out: Path, iterations: int, every: int) -> dict[str, Trial]:
     """What is asked of each run, by its name.
@@ -39,6 +42,23 @@ def trials(out: Path, iterations: int, every: int) -> dict[str, Trial]:
         name: Trial(out / name, every if measures else 0, iterations)
         for name, (measures, _) in RUNS.items()
     }
+
+
+def begin(out: Path) -> bool:
+    """Make the folder, without what another verification has said there; whether it was there.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for page in PAGES:
+            (out / page).write_text("")
+            (out / page).unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; give another folder") from error
+    return existed
 
 
 def judge(out: Path, trials: dict[str, Trial], command: Sequence[str]) -> Verification:
@@ -67,6 +87,6 @@ def judge(out: Path, trials: dict[str, Trial], command: Sequence[str]) -> Verifi
         cost=cost(first, second, measured),
     )
     document = json.dumps(verification.document(), indent=1, allow_nan=False)
-    (out / "verify.json").write_text(document + "\n", encoding="utf-8")
-    (out / "verify.md").write_text(verification.page(), encoding="utf-8")
+    for name, text in zip(PAGES, (document + "\n", verification.page()), strict=True):
+        (out / name).write_text(text, encoding="utf-8")
     return verification

@@ -66,6 +66,12 @@ def test_what_cannot_run_ends_with_2_and_says_why(
     assert processes_of(DEAF) == []
 
 
+def test_what_was_said_before_does_not_stand_beside_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "verify.md").write_text("# Critical sharpness verified: all promises hold")
+    assert verify(tmp_path, "false") == 2
+    assert not (tmp_path / "verify.md").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
