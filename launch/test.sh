@@ -3,7 +3,8 @@
 #
 #   ./launch/test.sh                          what a change waits for
 #   ./launch/test.sh --rare                   the slow tests of what rarely changes: other versions,
-#                                             trainers, sweeps (tests/conftest.py lists them)
+#                                             trainers, sweeps (tests/conftest.py lists them);
+#                                             as root it installs SLURM with apt-get, to test under
 #   ./launch/test.sh tests/core -k search     further arguments go to pytest
 set -euo pipefail
 
@@ -42,6 +43,17 @@ for name in "${frameworks[@]}"; do
     install_beside "$folder" --requirement "$pins"
     ln -sfn "$folder" "$TRAINER_FRAMEWORKS/$name"
 done
+
+# tests/launch/slurm.py starts it, from a configuration of its own.
+have() { command -v "$1" >/dev/null; }
+if [[ "$chosen" == rare && $EUID -eq 0 ]] && have apt-get && ! { have munged && have slurmctld; }; then
+    echo "installing SLURM for its tests" >&2
+    {
+        timeout 120 apt-get update --quiet=2 &&
+            DEBIAN_FRONTEND=noninteractive timeout 600 \
+                apt-get install --quiet=2 --yes --no-install-recommends munge slurm-wlm
+    } </dev/null >/dev/null 2>&1 || echo "launch/test.sh: apt-get could not install SLURM" >&2
+fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0

@@ -15,6 +15,7 @@ DATA="${DATA:---mock-data --tokenizer-type NullTokenizer --vocab-size 50257}"
 OUT="${OUT:-runs/$(basename "$CONFIG" .args)}"     # logs and checkpoints, seen by all nodes
 EVERY="${EVERY:-100}"                              # measure at every this many iterations
 SCRIPT="${SCRIPT:-launch/pretrain_gpt.py}"         # or Megatron-LM's pretrain_gpt.py
+BACKEND="${BACKEND:-cuda}"                         # or cpu: processes of the CPU
 PYTHON="${PYTHON:-python}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
 NODES="${NODES:-1}"
@@ -39,7 +40,7 @@ meeting=(
 command=(
     "$PYTHON" -m torch.distributed.run
     "${meeting[@]}" --nproc-per-node "$GPUS_PER_NODE"
-    -m megatron_sharpness.megatron --backend cuda "$SCRIPT"
+    -m megatron_sharpness.megatron --backend "$BACKEND" "$SCRIPT"
     "${config[@]}" "${data[@]}"
     --save "$OUT/checkpoints" --load "$OUT/checkpoints" --tensorboard-dir "$OUT/tensorboard"
     --measure-critical-sharpness-every "$EVERY" "$@"

@@ -20,6 +20,7 @@ RARE = (
     "tests/experiments/test_phenomena.py::test_critical_sharpness_of_a_gpt*",
     "tests/launch/test_gpu_check.py",
     "tests/launch/test_fsdp_data.py::test_a_hugging_face_dataset*",  # another framework's
+    "tests/launch/test_slurm.py",
     "tests/megatron/test_adaptive_mix.py",
     "tests/megatron/test_bridge.py",
     "tests/megatron/test_checkout.py",
@@ -50,6 +51,7 @@ LONG = (
     "tests/megatron/test_adaptive_mix.py",
     "tests/megatron/test_faults.py",
     "tests/sweeps/mix/test_command.py",
+    "tests/launch/test_slurm.py",
     "tests/trainers/test_torchtitan.py",
     "tests/launch/test_fsdp.py",
 )

@@ -52,6 +52,12 @@ def test_torchrun_starts_the_configuration_on_several_nodes() -> None:
     assert command[-4:] == ["--measure-critical-sharpness-every", "100", "--lr", "1e-3"]
 
 
+def test_torchrun_trains_on_the_cpu_where_it_is_told_to() -> None:
+    for backend, variables in (("cuda", {}), ("cpu", {"BACKEND": "cpu"})):
+        command = shlex.split(dry("torchrun_gpt.sh", **variables).stdout)
+        assert command[command.index("--backend") + 1] == backend
+
+
 @pytest.mark.parametrize(
     ("flag", "connections"),
     [("--bf16", "1"), ("--use-megatron-fsdp", "unset"), ("--use-torch-fsdp2", "unset")],
@@ -74,6 +80,7 @@ def test_slurm_takes_its_nodes_from_the_job() -> None:
     assert command[command.index("--nnodes") + 1] == "8"
     assert command[command.index("--master-port") + 1] == "20123"
     assert command[command.index("--tensor-model-parallel-size") + 1] == "2"
+    assert "--exit-signal-handler" in command
 
 
 def test_an_unknown_configuration_is_refused_by_name() -> None:
