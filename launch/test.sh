@@ -45,7 +45,7 @@ for name in "${frameworks[@]}"; do
 done
 
 # tests/launch/slurm.py starts it, from a configuration of its own.
-have() { command -v "$1" >/dev/null; }
+have() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null; }
 if [[ "$chosen" == rare && $EUID -eq 0 ]] && have apt-get && ! { have munged && have slurmctld; }; then
     echo "installing SLURM for its tests" >&2
     {

@@ -23,6 +23,9 @@ from tests.processes import ROOT
 #: Of Debian's packages munge and slurm-wlm.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 
+#: Where to look for them: the daemons lie where not every PATH leads.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+
 #: Jobs of the partition ``urgent`` preempt those of ``normal``, which then have this many seconds.
 GRACE = 120
 
@@ -75,13 +78,15 @@ class Slurm:
         self.configuration = folder / "slurm.conf"
         others = ("SLURM_", "SBATCH_", "SRUN_")  # of a job that the tests may be one of
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(others)}
-        self.environment = {**inherited, "SLURM_CONF": str(self.configuration)}
+        self.environment = {**inherited, "SLURM_CONF": str(self.configuration), "PATH": PATH}
 
-    def call(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *command: str, timeout: float = 60, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """One of its programs, in the checkout, with further environment variables."""
         return subprocess.run(
             command, env=self.environment | variables, cwd=ROOT,
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
 
     def ask(self, *command: str, **variables: str) -> str:
@@ -111,7 +116,7 @@ def running_slurm() -> Iterator[Slurm]:
     Raises:
         Unavailable: it is not installed, or does not start here.
     """
-    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]:
         raise Unavailable(f"not installed: {', '.join(missing)}; install munge and slurm-wlm")
     if os.geteuid() != 0:
         raise Unavailable("slurmd has to be started by root")

@@ -113,3 +113,17 @@ def test_a_preempted_training_measures_what_an_uninterrupted_one_does(
         assert again % SAVED == 1
     assert preempted.records == whole.records
     assert training_lines(preempted.output)[-5:] == training_lines(whole.output)[-5:]
+
+
+def test_a_training_that_srun_starts_is_verified(slurm: Slurm, tmp_path: Path) -> None:
+    training = f"""
+        srun --partition=urgent --ntasks=1 {sys.executable} -m torch.distributed.run --standalone
+        --nproc-per-node 2 launch/fsdp/train.py {DATA["fsdp"]} {CONFIG.format(iterations=100)}
+    """
+    done = slurm.call(
+        sys.executable, "-m", "megatron_sharpness.cli", "verify", "--out", str(tmp_path / "out"),
+        "--iterations", "4", "--every", "2", "--", *training.split(),
+        PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training with measurement is the same: yes, bit for bit" in done.stdout
