@@ -28,11 +28,13 @@ class Numbers:
     Attributes:
         rows: of each what was measured, and evaluated again.
         wrong: what is not right: iteration and why.
+        statuses: how each has ended.
         found: how many have an η_c.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[tuple[int, str]] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)
     found: int = 0
 
     @property
@@ -48,6 +50,7 @@ def check(measured: Trace) -> Numbers:
     ranks = [measured.rank(rank).confirmed for rank in range(measured.ranks)]
     lines = ranks[0]
     for record in measured.records:
+        numbers.statuses.append(record["status"])
         if record["status"] == "failed":
             numbers.wrong.append((record["iteration"], f"not measured: {record['reason']}"))
     # Else Megatron's log averages over tokens, and its gradient over micro-batches.

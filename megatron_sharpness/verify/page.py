@@ -154,7 +154,7 @@ class Verification:
             more = f" (and {len(numbers.wrong) - 1} more)" if len(numbers.wrong) > 1 else ""
             return f"NO: iteration {i}: {reason}{more}"
         if not numbers.found:
-            statuses = ", ".join(sorted({r["measured"]["status"] for r in numbers.rows}))
+            statuses = ", ".join(sorted(set(numbers.statuses)))
             return (
                 f"not told: no measurement has found an η_c ({statuses or 'none was made'}); give "
                 "more --iterations, a smaller --every, or a training that is farther on (--load)"

@@ -211,7 +211,8 @@ def test_without_a_number_it_is_not_told() -> None:
 
     found = verify(train)
     assert found.status == 2
-    assert found.promises["the number is right"].startswith("not told: ")
+    said = found.promises["the number is right"]
+    assert said.startswith("not told: no measurement has found an η_c (zero_lr)")
 
 
 @pytest.mark.parametrize(
