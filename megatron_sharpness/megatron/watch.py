@@ -29,6 +29,9 @@ SCRATCH = (
 )
 
 
+#: What the next step empties before it is read: gradients. A late gather may use their memory.
+_EMPTIED = ("grad_data",)
+
 #: Megatron's arguments that say how a model lies on the ranks and what trains it.
 LAYOUT = (
     "world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
@@ -77,12 +80,14 @@ def write_down(
 ) -> None:
     """What a rank is after an iteration.
 
-    Nothing is gathered for it: what the next forward pass will gather anyway, the slices of other
-    ranks, is left out, so that a gather which is missing is not made up for.
+    Nothing is gathered for it: of the weights that train those are compared that the rank steps. A
+    gather which is missing is not made up for, and what the next forward pass will gather anyway is
+    as it may be.
     """
     gathers = gathers_of(model, optimizer)
     owned = dict(_owned(model, optimizer))
-    mine, gathered = set(map(id, owned.values())), set(map(place_of, owned.values()))
+    trained = [p for chunk in model for p in chunk.parameters() if p.requires_grad]
+    mine, gathered = set(map(id, owned.values())), set(map(place_of, [*owned.values(), *trained]))
     trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
     recorder.iteration(
         number,
@@ -98,7 +103,7 @@ def write_down(
         MegatronRandomStates(),
         left_out=lambda tensor: id(tensor) not in mine and place_of(tensor) in gathered,
         opened=PACKAGES,
-        ignored=SCRATCH,
+        ignored=[*SCRATCH, *_EMPTIED],
         without=[*gathers.scratch(), *graphs.holders(model)],
     )
 
