@@ -76,20 +76,21 @@ def end_of(log: Path) -> str:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Of the processes in the list, the groups that they lead are ended on leaving, SIGTERM being
-    a reason to leave."""
+    """Of the processes in the list, the groups that they lead are ended on leaving, SIGTERM
+    and the end of the terminal being reasons to leave."""
 
     def leave(*args: object) -> None:
         raise KeyboardInterrupt
 
     begun: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield begun
     finally:
         for process in begun:
             _end(process)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

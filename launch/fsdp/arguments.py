@@ -16,6 +16,7 @@ from fsdp.gpt import GPTConfig
 from megatron_sharpness import arguments
 from megatron_sharpness.adaptive_mix import adaptive
 from megatron_sharpness.core.errors import InputError, bad_flag, flag_of
+from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.data.tokenize import VOCAB_SIZE
 
 DESCRIPTION = "Pretrain a plain GPT, or any Hugging Face causal language model, with FSDP2."
@@ -155,6 +156,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "no process group: start this with `torchrun --nproc-per-node N`, N=1 for one process"
         )
     args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if (trial := Trial.asked_for()) is not None:
+        arguments.as_trial(args, trial)
     check(args)
     return args
 

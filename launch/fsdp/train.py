@@ -328,8 +328,6 @@ def build_mix(args: argparse.Namespace, samples: Samples, writer: Any) -> Adapti
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; what cannot be is refused before processes meet."""
     args = parse_arguments(argv)
-    if (trial := Trial.asked_for()) is not None:
-        arguments.as_trial(args, trial)
     check_folders(args)
     built = build_model(args)
     samples = data.read_samples(args, built.tokenize)

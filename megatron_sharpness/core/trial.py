@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sharpness.core.errors import reason_of
+from megatron_sharpness.core.errors import InputError, reason_of
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.memory import device_peak, host_peak
 from megatron_sharpness.core.replay import RandomStates
@@ -91,13 +91,23 @@ class Recorder:
         rank: of this process.
         ranks: how many there are.
         layout: what says how the model lies on them, by name.
+
+    Raises:
+        InputError: another training of the trial has written there.
     """
 
     def __init__(
         self, trial: Trial, *, rank: int, ranks: int, layout: Mapping[str, object]
     ) -> None:
         trial.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (trial.folder / f"rank-{rank}.jsonl").open("w", encoding="utf-8")
+        path = trial.folder / f"rank-{rank}.jsonl"
+        try:
+            self._file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            raise InputError(
+                f"{path}: it is there already; what is verified must train once, and not be "
+                "started again by itself"
+            ) from None
         self._before: dict[str, list[Any]] = {}
         self._passes: list[float] = []
         self._tokens: list[float] = []

@@ -50,12 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_sharpness.verify import runs
 
     try:
+        if not arguments.timeout > 0:
+            raise InputError(f"--timeout {arguments.timeout}: seconds; give a positive number")
         trials = runs.trials(arguments.out, arguments.iterations, arguments.every)
         existed = runs.begin(arguments.out)
         try:
             for name, trial in trials.items():
                 _train(name, trial, arguments.training, arguments.timeout)
             verification = runs.judge(arguments.out, trials, arguments.training)
+            runs.write(arguments.out, verification)
         except KeyboardInterrupt:
             for trial in trials.values():
                 shutil.rmtree(trial.folder, ignore_errors=True)
@@ -80,7 +83,6 @@ def _train(name: str, trial: Trial, command: list[str], timeout: float) -> None:
     from megatron_sharpness.verify.runs import RUNS
     from megatron_sharpness.verify.traces import iterations_done
 
-    shutil.rmtree(trial.folder, ignore_errors=True)
     trial.folder.mkdir()
     folder, log, shown = trial.folder.resolve(), trial.folder / "log.txt", RUNS[name][1]
     began = since = time.monotonic()

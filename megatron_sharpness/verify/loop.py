@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.core.measurement import Measurement
@@ -22,6 +23,10 @@ from megatron_sharpness.verify.traces import iterations_done
 
 #: Seconds that a rank waits for what the others have written down.
 PATIENCE = 60.0
+
+
+#: What the caller knows steps and interval as.
+_NAMES = ("steps=", "every=")
 
 
 class _Over(BaseException):
@@ -68,20 +73,25 @@ def verify(
     """
     if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("out=None: the processes have to meet in a folder; give one they all see")
-    folder = Path(tempfile.mkdtemp()) if out is None else Path(out)
-    random = RandomStates()
-    trials = runs.trials(folder, steps, every)
-    runs.begin(folder)
-    try:
-        for trial in trials.values():
-            random.restore()
-            _run(train, trial)
+    if out is None:
+        runs.trials(Path(), steps, every, _NAMES)  # refused, if so, before a folder is made
+        with tempfile.TemporaryDirectory() as folder:
+            return verify(train, steps, every=every, out=folder)
+    out, random, is_first = Path(out), RandomStates(), os.environ.get("RANK", "0") == "0"
+    trials = runs.trials(out, steps, every, _NAMES)
+    if is_first:
+        runs.begin(out)
+    if dist.is_initialized():  # else the loop makes the group, once the first rank has come
+        dist.barrier()
+    for trial in trials.values():
         random.restore()
-        _wait(list(trials.values()))
-        return runs.judge(folder, trials, ())
-    finally:
-        if out is None:
-            shutil.rmtree(folder)
+        _run(train, trial)
+    random.restore()
+    _wait(list(trials.values()))
+    found = runs.judge(out, trials, ())
+    if is_first:
+        runs.write(out, found)
+    return found
 
 
 def _run(train: Callable[[Callable[..., TrialSharpness]], object], trial: Trial) -> None:
@@ -98,8 +108,6 @@ def _run(train: Callable[[Callable[..., TrialSharpness]], object], trial: Trial)
                 raise _Over
             return record
 
-    if os.environ.get("RANK", "0") == "0":  # which writes there
-        trial.log.unlink(missing_ok=True)
     try:
         train(lambda *args, **options: Sharpness(trial, *args, **options))
     except _Over:

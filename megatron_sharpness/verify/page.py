@@ -51,7 +51,13 @@ class Verification:
         """0, 1 or 2: as the exit status."""
         if not self.comparison.same or not self.numbers.right:
             return DIFFERS
-        return HOLDS if self.numbers.found else NOT_TOLD
+        return HOLDS if self.numbers.found and not self._begins_elsewhere else NOT_TOLD
+
+    @property
+    def _begins_elsewhere(self) -> bool:
+        """Whether the runs begin with other weights: what chance does then hides everything."""
+        found = self.comparison
+        return found.by_itself is not None and found.by_itself.iteration == found.start
 
     @property
     def promises(self) -> dict[str, str]:
@@ -82,7 +88,8 @@ class Verification:
         facts = self.facts
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         layout = ", ".join(f"{name} {value}" for name, value in facts["layout"].items())
-        verdict = {HOLDS: "all promises hold", DIFFERS: "a promise does not hold",
+        exactly = "all promises hold" if self.comparison.repeats else "as far as it can be told"
+        verdict = {HOLDS: exactly, DIFFERS: "a promise does not hold",
                    NOT_TOLD: "it could not be told"}[self.status]  # fmt: skip
         parts = [
             f"# Critical sharpness verified: {verdict}",
@@ -115,14 +122,14 @@ class Verification:
         found = self.comparison
         if found.by_itself is None:
             lines = f", and {found.log_lines} lines of the log" if found.log_lines else ""
+            ranks = self.facts["ranks"]
             return (
-                f"yes: {found.values:,} values of {self.facts['ranks']} processes after each of "
-                f"{found.iterations} iterations{lines}"
+                f"yes: {found.values:,} values of {ranks} process{'es' if ranks > 1 else ''} after "
+                f"each of {found.iterations} iterations{lines}"
             )
-        at_start = found.by_itself.iteration == found.start
         return (
             f"no: two runs without measurement part {self._where(found.by_itself)}. "
-            f"{SEED if at_start else REMEDY}"
+            f"{SEED if self._begins_elsewhere else REMEDY}"
         )
 
     def _same(self) -> str:
@@ -140,6 +147,8 @@ class Verification:
             return f"NO: the log of iteration {i} says another {grouped(names)}"
         if found.repeats:
             return "yes, bit for bit"
+        if self._begins_elsewhere:
+            return "not told: runs that begin elsewhere are no nearer to each other than to it"
         most = max(found.ratio.values(), default=0.0)
         return (
             "as far as that can be told: up to where training itself parts bit for bit, and then "
@@ -155,9 +164,11 @@ class Verification:
             return f"NO: iteration {i}: {reason}{more}"
         if not numbers.found:
             statuses = ", ".join(sorted(set(numbers.statuses)))
+            overflow = ", a smaller --initial-loss-scale" if "skipped_step" in statuses else ""
             return (
                 f"not told: no measurement has found an η_c ({statuses or 'none was made'}); give "
-                "more --iterations, a smaller --every, or a training that is farther on (--load)"
+                f"more --iterations, a smaller --every{overflow}, or a training that is farther on "
+                "(--load)"
             )
         errors = [abs(r["replayed"] - r["trained"]) for r in numbers.rows if r["trained"]]
         replayed = f"L(θ) is replayed to {max(errors):.2g} nat, " if errors else ""
@@ -176,10 +187,13 @@ class Verification:
         )
 
     def _where(self, difference: Difference) -> str:
-        where = f"after iteration {difference.iteration}"
+        return f"{self._when(difference)}, in {grouped(difference.names)}"
+
+    def _when(self, difference: Difference) -> str:
+        when = f"after iteration {difference.iteration}"
         if difference.iteration == self.comparison.start:
-            where = "before the first iteration"
-        return f"{where} on rank {difference.rank}, in {grouped(difference.names)}"
+            when = "before the first iteration"
+        return f"{when} on rank {difference.rank}"
 
     def _cost_rows(self) -> list[tuple[str, str]]:
         cost = self.cost
@@ -217,7 +231,7 @@ class Verification:
         for title, found in (("without measurement", self.comparison.by_itself),
                              ("with measurement", self.comparison.disturbed)):  # fmt: skip
             if found is not None:
-                lines.append(f"- {title}, {self._where(found)}: {grouped(found.names, 200)}")
+                lines.append(f"- {title}, {self._when(found)}: {grouped(found.names, 200)}")
         return "\n".join(["## Details", "", *lines]) if lines else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,21 +22,31 @@ RUNS = {
     "measured": (True, "with measurement"),
 }
 
+#: What a run leaves in its folder.
+_WRITTEN = ("log.txt", "rank-*.jsonl", "critical_sharpness.jsonl", "tensorboard")
+
 #: What a verification writes.
 PAGES = ("verify.json", "verify.md")
 
 
-def trials(out: Path, iterations: int, every: int) -> dict[str, Trial]:
+def trials(
+    out: Path, iterations: int, every: int, names: tuple[str, str] = ("--iterations ", "--every ")
+) -> dict[str, Trial]:
     """What is asked of each run, by its name.
+
+    Args:
+        out: folder.
+        iterations, every: of each run, and between the measurements of the last.
+        names: what the user knows the two as.
 
     Raises:
         InputError: with these numbers nothing is measured.
     """
     if every < 1:
-        raise InputError(f"--every {every}: an interval in iterations; give 1 or more")
+        raise InputError(f"{names[1]}{every}: an interval in iterations; give 1 or more")
     if iterations < max(every, 2):
         raise InputError(
-            f"--iterations {iterations}: with --every {every} nothing would be measured; give at "
+            f"{names[0]}{iterations}: with {names[1]}{every} nothing would be measured; give at "
             f"least {max(every, 2)}"
         )
     return {
@@ -45,13 +56,21 @@ def trials(out: Path, iterations: int, every: int) -> dict[str, Trial]:
 
 
 def begin(out: Path) -> bool:
-    """Make the folder, without what another verification has said there; whether it was there.
+    """Make the folder, without what another verification has left there; whether it was there.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or holds what no verification has written.
     """
     existed = out.exists()
     try:
+        for name in RUNS:
+            for path in (out / name).glob("*"):
+                if not any(path.match(ours) for ours in _WRITTEN):
+                    raise InputError(
+                        f"--out {out}: {path} would be lost, which verify has not written; give "
+                        "another folder"
+                    )
+            shutil.rmtree(out / name, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         for page in PAGES:
             (out / page).write_text("")
@@ -62,7 +81,7 @@ def begin(out: Path) -> bool:
 
 
 def judge(out: Path, trials: dict[str, Trial], command: Sequence[str]) -> Verification:
-    """Compare what the runs have written down, and write the page.
+    """Compare what the runs have written down.
 
     Raises:
         InputError: it is not there, or cannot be compared.
@@ -78,7 +97,13 @@ def judge(out: Path, trials: dict[str, Trial], command: Sequence[str]) -> Verifi
             f"{out}: the runs have made different iterations: {' / '.join(map(str, made))}; see "
             "the logs there"
         )
-    verification = Verification(
+    asked = trials["measured"].iterations
+    if len(made[0]) < asked:
+        raise InputError(
+            f"{out}: the training was over after {len(made[0])} iterations, and {asked} were asked "
+            "for; give fewer, or a longer training"
+        )
+    return Verification(
         command=command,
         every=trials["measured"].every,
         facts=first.rank(0).facts,
@@ -86,7 +111,10 @@ def judge(out: Path, trials: dict[str, Trial], command: Sequence[str]) -> Verifi
         numbers=check(measured),
         cost=cost(first, second, measured),
     )
-    document = json.dumps(verification.document(), indent=1, allow_nan=False)
-    for name, text in zip(PAGES, (document + "\n", verification.page()), strict=True):
+
+
+def write(out: Path, found: Verification) -> None:
+    """Write the page and the JSON."""
+    document = json.dumps(found.document(), indent=1, allow_nan=False)
+    for name, text in zip(PAGES, (document + "\n", found.page()), strict=True):
         (out / name).write_text(text, encoding="utf-8")
-    return verification

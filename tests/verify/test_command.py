@@ -51,6 +51,7 @@ def processes_of(marker: str) -> list[int]:
          "made no iteration for 0.5 s after 0 (--timeout)"),
         (["true"], ["--every", "20"], "--iterations 12: with --every 20 nothing would be measured"),
         (["true"], ["--every", "0"], "--every 0: an interval"),
+        (["true"], ["--timeout", "nan"], "--timeout nan: seconds; give a positive number"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_ends_with_2_and_says_why(
@@ -80,10 +81,10 @@ def test_a_folder_that_cannot_be_written_is_refused(
     assert "--out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("existed", [False, True])
-def test_ctrl_c_leaves_nothing_behind(number: int, existed: bool, tmp_path: Path) -> None:
-    out, marker = tmp_path / "out", f"marked-{os.getpid()}-{number}-{existed}"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_leaves_nothing_behind(number: int, tmp_path: Path) -> None:
+    out, marker = tmp_path / "out", f"marked-{os.getpid()}-{number}"
+    existed = number == signal.SIGTERM
     if existed:
         out.mkdir()
         (out / "notes.txt").write_text("mine")

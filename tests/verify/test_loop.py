@@ -25,12 +25,14 @@ Train = Callable[[Any], None]
 
 
 def loop(
-    steps: int = 100, seed: int | None = 0, noise: float = 0.0, scale: float = 1.0, **options: Any
-) -> Train:
+    steps: int = 100, seed: int | None = 0, noise: float = 0.0, jitter: float = 0.0,
+    scale: float = 1.0, **options: Any,
+) -> Train:  # fmt: skip
     """A loop with dropout and running statistics.
 
     Args:
         noise: by which a layer's first weights depend on the clock.
+        jitter: by which gradients do so, relatively, at each step.
         scale: by which what is evaluated differs from what was trained on.
         options: of what measures.
     """
@@ -58,6 +60,10 @@ def loop(
 
             loss, _ = loss_sum()
             (loss / 64).backward()
+            for parameter in model.parameters() if jitter else ():
+                assert parameter.grad is not None
+                chance = torch.Generator().manual_seed(time.time_ns())
+                parameter.grad *= 1 + jitter * torch.randn(parameter.shape, generator=chance)
             optimizer.step()
             optimizer.zero_grad()
             measured.after_step(
@@ -170,13 +176,23 @@ def test_a_loss_that_is_reduced_wrongly_is_found(scale: float) -> None:
 
 def test_a_training_that_does_not_repeat_is_told_apart() -> None:
     found = verify(loop(noise=0.1))
-    assert found.status == 0
+    assert found.status == 2
     assert not found.comparison.repeats and found.comparison.same
     said = found.promises
     assert "part before the first iteration on rank 0, in model.3.weight. Give what init" in (
         said["training repeats by itself"]
     )
+    assert said["training with measurement is the same"].startswith("not told: runs that begin")
+
+
+def test_a_training_whose_kernels_do_not_repeat_is_as_far_as_that_can_be_told() -> None:
+    found = verify(loop(jitter=1e-6))
+    assert found.status == 0 and not found.comparison.repeats, str(found)
+    said = found.promises
+    assert "part after iteration 0 on rank 0, in " in said["training repeats by itself"]
+    assert "--deterministic-mode" in said["training repeats by itself"]
     assert said["training with measurement is the same"].startswith("as far as that can be told")
+    assert found.page().startswith("# Critical sharpness verified: as far as it can be told")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +203,7 @@ def test_a_measurement_that_disturbs_such_a_training_is_found(
 ) -> None:
     planted.blind(monkeypatch.setattr)
     fault(monkeypatch)
-    found = verify(loop(noise=1e-6))
+    found = verify(loop(jitter=1e-6))
     assert not found.comparison.repeats
     assert found.status == 1, str(found)
     assert found.promises["training with measurement is the same"].startswith("NO: ")
@@ -219,8 +235,8 @@ def test_without_a_number_it_is_not_told() -> None:
     ("train", "options", "message"),
     [
         (loop(steps=5), {}, "steps=12: the loop has made 5"),
-        (loop(), {"steps": 2}, "--every 3 nothing would be measured"),
-        (loop(), {"every": 0}, "--every 0: "),
+        (loop(), {"steps": 2}, "steps=2: with every=3 nothing would be measured"),
+        (loop(), {"every": 0}, "every=0: "),
         (loop(frozen=0), {}, "frozen=0: it trains nothing"),
     ],
 )
@@ -235,3 +251,31 @@ def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="out=None: "):
         verify(loop())
+
+
+def test_a_folder_with_files_of_ones_own_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "measured" / "data.csv"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(InputError, match=r"data.csv would be lost"):
+        verify(loop(), out=tmp_path)
+    assert own.read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out .*file: "):
+        verify(loop(), out=tmp_path / "file")
+
+
+def test_a_loop_that_trains_twice_is_refused() -> None:
+    def twice(sharpness: Any) -> None:
+        loop(steps=3)(sharpness)
+        loop()(sharpness)
+
+    with pytest.raises(InputError, match="must train once"):
+        verify(twice)
+
+
+def test_a_folder_is_verified_in_again(tmp_path: Path) -> None:
+    for steps in (12, 4):
+        found = verify(loop(), steps, out=tmp_path)
+        assert found.status == 0 and found.comparison.iterations == steps
+        assert len(found.numbers.rows) == (steps + 2) // 3
