@@ -29,8 +29,9 @@ SCRATCH = (
 )
 
 
-#: What the next step empties before it is read: gradients. A late gather may use their memory.
-_EMPTIED = ("grad_data",)
+#: What the next step empties or waits for: gradients, whose memory a late gather may use, and a
+#: gather in flight, which a measurement has waited for already.
+_PENDING = ("grad_data", "param_gather_handle")
 
 #: Megatron's arguments that say how a model lies on the ranks and what trains it.
 LAYOUT = (
@@ -103,7 +104,7 @@ def write_down(
         MegatronRandomStates(),
         left_out=lambda tensor: id(tensor) not in mine and place_of(tensor) in gathered,
         opened=PACKAGES,
-        ignored=[*SCRATCH, *_EMPTIED],
+        ignored=[*SCRATCH, *_PENDING],
         without=[*gathers.scratch(), *graphs.holders(model)],
     )
 
