@@ -13,7 +13,8 @@ from megatron_sharpness.verify.traces import Prints, RankTrace, Trace
 
 #: Trainings that do not repeat by themselves part at random. The tensors of one with measurement
 #: are to lie within so many times the distance of two without, in the median, after each iteration.
-#: Where all that chance does goes one way, three trainings miss that in one of a hundred.
+#: Where all that chance does goes one way, by a normal number in each training, three of them miss
+#: that in 2/π·arctan(√(3/4)/30), two of a hundred.
 FACTOR = 30.0
 
 
@@ -47,6 +48,7 @@ class Comparison:
         ratio: by iteration, where they do not repeat: how many times as far the one with it lies
             from the nearer one of the two as these are apart, in the median over all tensors.
         log_lines: how many lines of the log are compared.
+        log_unsteady: what in them differs between the two without it: times. It is not compared.
         log_differs: the first one that the measurement changes: iteration and names.
     """
 
@@ -58,6 +60,7 @@ class Comparison:
     unsteady: set[str] = field(default_factory=set)
     ratio: dict[int, float] = field(default_factory=dict)
     log_lines: int = 0
+    log_unsteady: tuple[str, ...] = ()
     log_differs: tuple[int, tuple[str, ...]] | None = None
 
     @property
@@ -174,6 +177,7 @@ def _compare_logs(found: Comparison, *logs: dict[int, dict[str, str]]) -> None:
     names = list(dict.fromkeys(name for line in first.values() for name in line))
     steady = [n for n in names if all(_said(first, i, n) == _said(second, i, n) for i in first)]
     found.log_lines = len(first)
+    found.log_unsteady = tuple(name for name in names if name not in steady)
     for i in first:
         if differs := [n for n in steady if _said(first, i, n) != _said(measured, i, n)]:
             found.log_differs = (i, tuple(differs))

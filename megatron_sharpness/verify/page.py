@@ -228,6 +228,8 @@ class Verification:
         ]
         if unsteady := self.comparison.unsteady:
             lines.append(f"- not compared, since no two runs have the same: {grouped(unsteady)}")
+        if log := self.comparison.log_unsteady:
+            lines.append(f"- nor, in the lines of the log: {grouped(log)}")
         for title, found in (("without measurement", self.comparison.by_itself),
                              ("with measurement", self.comparison.disturbed)):  # fmt: skip
             if found is not None:
