@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import Meter, Sink
+from megatron_sharpness.core.recorder import Recorder, clock
 from megatron_sharpness.core.settings import Settings, check_sinks
-from megatron_sharpness.core.trial import Recorder, Trial, clock
+from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.report.verdict import log_verdict
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 

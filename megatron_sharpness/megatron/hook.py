@@ -40,8 +40,8 @@ from megatron_sharpness.arguments import (
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.frozen import FrozenRun
 from megatron_sharpness.core.meter import Meter, Sink
+from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.settings import Settings
-from megatron_sharpness.core.trial import Recorder
 from megatron_sharpness.data import evaluation
 from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import graphs

@@ -10,7 +10,8 @@ from typing import Any
 from megatron.training import get_args, training
 
 from megatron_sharpness.arguments import as_trial
-from megatron_sharpness.core.trial import Recorder, Trial, clock
+from megatron_sharpness.core.recorder import Recorder, clock
+from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.megatron.hook import attach
 from megatron_sharpness.megatron.watch import LAYOUT, write_down
 

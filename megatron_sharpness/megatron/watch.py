@@ -10,7 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
-from megatron_sharpness.core.trial import Recorder
+from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.watch import Watch
 from megatron_sharpness.megatron import graphs
 from megatron_sharpness.megatron.line import MegatronLine

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.measurement import Measurement
+from megatron_sharpness.core.recorder import Recorder, clock
 from megatron_sharpness.core.replay import RandomStates
-from megatron_sharpness.core.trial import Recorder, Trial, clock
+from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.losses import Evaluate
 from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED

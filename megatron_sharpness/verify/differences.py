@@ -137,7 +137,7 @@ def _measured_rank(
 
 class _Ratios:
     """|⟨w − v, z⟩| / |⟨u − v, z⟩| of tensors of the same name, in a run with measurement (w) and
-    two without (v, u); z is that of :class:`~megatron_sharpness.core.trial.Sketches`."""
+    two without (v, u); z is that of :class:`~megatron_sharpness.core.recorder.Sketches`."""
 
     def __init__(self) -> None:
         self._values = array("d")

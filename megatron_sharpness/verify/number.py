@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sharpness.core.checks import EXACT
-from megatron_sharpness.core.trial import FAR
+from megatron_sharpness.core.recorder import FAR
 from megatron_sharpness.verify.traces import Trace
 
 #: How far two losses that should be one may lie apart, in root-mean-square errors of a loss.
