@@ -137,7 +137,7 @@ class State:
         if isinstance(value, (dict, list, tuple, deque, set, frozenset)):
             self._keep_container(value)
             # Sets of strings have another order in each process.
-            ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+            ordered = sorted(value, key=_order) if isinstance(value, (set, frozenset)) else value
             items = value.items() if isinstance(value, dict) else enumerate(ordered)
             self.plain[f"{name} length"] = len(value)
             held = [(f"{name}[{self._key(i, key)}]", v) for i, (key, v) in enumerate(items)]
@@ -244,6 +244,11 @@ class State:
             inside.update(module._parameters)
         found = [(f"{name}.{key}", v) for key, v in inside.items()]
         return [*found, *self._classes(name, module)]
+
+
+def _order(member: object) -> str:
+    """By which members of a set are put in a row; others than plain ones stay as they come."""
+    return str(member) if isinstance(member, PLAIN) else ""
 
 
 def _values(value: type | ModuleType) -> Iterator[tuple[str, Any]]:
