@@ -141,8 +141,8 @@ def train(folder: Path, iterations: int, every: int, faults: Plan | None) -> Ran
     """
     folder.mkdir()
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(RANKS), "--max-restarts", "1", *ranks.MEGATRON, "benchmarks/megatron_endurance.py",
+        *ranks.torchrun(RANKS, "--max-restarts", "1"),
+        *ranks.MEGATRON, "benchmarks/megatron_endurance.py",
         *MEGATRON.split(), "--train-iters", str(iterations), "--save", f"{folder}/checkpoints",
         "--load", f"{folder}/checkpoints", "--save-interval", str(iterations // 12),
         "--tensorboard-dir", str(folder), "--measure-critical-sharpness-every", str(every),

@@ -25,10 +25,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import ranks
 from benchmarks.results import ROOT, machine, markdown
 from megatron_sharpness import cli
 from megatron_sharpness.megatron.cpu import REQUIRED_FLAGS
 from megatron_sharpness.processes import run_command
+from megatron_sharpness.report.records import read_records
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 WITH_ENGINE = importlib.util.find_spec("transformer_engine") is not None
@@ -114,11 +116,6 @@ class Part:
         }  # fmt: skip
 
 
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(processes)]  # fmt: skip
-
-
 def megatron(processes: int, *flags: str) -> list[str]:
     """A training of the GPT in Megatron, with Transformer Engine and flash attention if there."""
     engine = ("--transformer-impl", "transformer_engine", "--attention-backend", "flash")
@@ -131,7 +128,7 @@ def megatron(processes: int, *flags: str) -> list[str]:
         --deterministic-mode
     """
     return [
-        *torchrun(processes), "-m", "megatron_sharpness.megatron", "launch/pretrain_gpt.py",
+        *ranks.torchrun(processes), *ranks.MEGATRON, "launch/pretrain_gpt.py",
         *given.split(), *(engine if GPUS and WITH_ENGINE else plain), *flags,
     ]  # fmt: skip
 
@@ -165,8 +162,7 @@ def read_verification(folder: Path, log: str) -> dict[str, Any]:
 def read_training(folder: Path, log: str) -> dict[str, Any]:
     """How far the GPT got; its curve is drawn where matplotlib is there."""
     run = folder / "tensorboard"
-    text = (run / "critical_sharpness.jsonl").read_text()
-    records = [json.loads(line) for line in text.splitlines()]
+    records = read_records(run / "critical_sharpness.jsonl")
     found = [record for record in records if record["status"] == "found"]
     milliseconds = [float(ms) for ms in re.findall(r"per iteration \(ms\): ([\d.]+)", log)]
     if importlib.util.find_spec("matplotlib") is not None:
@@ -198,14 +194,14 @@ def train(folder: Path) -> list[str]:
         --measure-critical-sharpness-every {every} --tensorboard-dir {folder / "tensorboard"}
     """
     flash = ["--attention-backend", "flash"] if GPUS else []
-    return [*torchrun(max(1, GPUS)), "launch/fsdp/train.py", *given.split(), *flash]
+    return [*ranks.torchrun(max(1, GPUS)), "launch/fsdp/train.py", *given.split(), *flash]
 
 
 def compiled(folder: Path) -> list[str]:
     """A loop of one's own under FSDP2 with ``torch.compile``."""
     sizes = (LAYERS, WIDTH, SEQUENCE, 9)
     return [
-        *torchrun(max(1, GPUS)), "-m", "benchmarks.gpu_check_loop", str(folder / "verify"),
+        *ranks.torchrun(max(1, GPUS)), "-m", "benchmarks.gpu_check_loop", str(folder / "verify"),
         *map(str, sizes),
     ]  # fmt: skip
 

@@ -25,6 +25,14 @@ OUT = "BENCHMARK_OUT"
 MEGATRON = ("-m", "megatron_sharpness.megatron")
 
 
+def torchrun(processes: int, *options: str) -> list[str]:
+    """The words that start a script or a module, which follow them, as ranks of this machine."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes), *options),
+    ]
+
+
 def launch(
     command: Sequence[str], processes: int = 1, environment: Mapping[str, str] | None = None
 ) -> Any:

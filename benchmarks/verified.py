@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ranks
 from benchmarks.results import ROOT, markdown
 
 #: A GPT of 2 layers and width 64 with dropout.
@@ -52,15 +53,14 @@ class Case:
 
     def command(self, folder: Path) -> list[str]:
         """What starts it; nothing is to be written into the folder."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", str(self.processes)]  # fmt: skip
+        torchrun = ranks.torchrun(self.processes)
         if self.trainer == "Bridge":
             return [*torchrun, "-m", "tests.verify.bridge_training", str(folder),
                     json.dumps(BRIDGE)]  # fmt: skip
         if self.trainer == "FSDP2":
             script = [str(ROOT / "launch" / "fsdp" / "train.py"), "--python-docs", "prose"]
             return [*torchrun, *script, *GPT.split(), *self.flags.split()]
-        script = ["-m", "megatron_sharpness.megatron", str(ROOT / self.script)]
+        script = [*ranks.MEGATRON, str(ROOT / self.script)]
         return [*torchrun, *script, *MEGATRON.split(), *self.flags.split()]
 
 

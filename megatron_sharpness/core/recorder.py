@@ -74,6 +74,7 @@ class Recorder:
         self._passes: list[float] = []
         self._tokens: list[float] = []
         self._confirming = 0.0
+        self._since: float | None = None
         self._sketches = Sketches()
         device = torch.cuda.get_device_name() if torch.accelerator.is_available() else "CPU"
         self._write(
@@ -81,6 +82,10 @@ class Recorder:
             processor=platform.processor() or platform.machine(), versions=_versions(),
             layout={name: value for name, value in layout.items() if value not in (None, False)},
         )  # fmt: skip
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self._since = clock()
 
     def timed(
         self,
@@ -149,23 +154,22 @@ class Recorder:
     def iteration(
         self,
         number: int,
-        seconds: float,
         roots: Mapping[str, object],
         random: RandomStates,
         *,
         left_out: Callable[[Tensor], bool] = lambda tensor: False,
         **options: Any,
     ) -> None:
-        """One is over.
+        """One is over, or, where none was begun, the first one is to come.
 
         Args:
             number: of the iteration.
-            seconds: that it took, with its measurement.
             roots: what training reads later, by name.
             random: the random states.
             left_out: whether a tensor is not to be compared.
             options: of :class:`~megatron_sharpness.core.state.State`.
         """
+        seconds = 0.0 if self._since is None else clock() - self._since - self._confirming
         state = State(roots, parameters=True, copied=lambda tensor: False, **options)
         kept = {name: t for name, t in state.tensors.items() if not left_out(t)}
         now: dict[str, list[Any]] = {
@@ -180,7 +184,7 @@ class Recorder:
         before, self._before = self._before, now
         changed = {name: value for name, value in now.items() if before.get(name) != value}
         self._write(
-            iteration=number, seconds=seconds - self._confirming, changed=changed,
+            iteration=number, seconds=seconds, changed=changed,
             gone=[name for name in before if name not in now],
             device_memory=device_peak(), host_memory=host_peak(),
         )  # fmt: skip

@@ -45,7 +45,10 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
                     f"measurement needs ({error}); use one of megatron-core 0.16 to 0.20, or leave "
                     "the flag out."
                 ) from error
-            attach(args) if trial is None else attach_trial(args, trial)
+            if trial is None:
+                attach(args)
+            else:
+                attach_trial(args, trial)
         return validated
 
     return add_all_arguments, validate_and_attach

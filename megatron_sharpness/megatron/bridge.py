@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import Meter, Sink
-from megatron_sharpness.core.recorder import Recorder, clock
+from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.report.verdict import log_verdict
@@ -30,7 +30,7 @@ try:
 
     from megatron_sharpness.megatron.parts import PartsOfModel
     from megatron_sharpness.megatron.quiet import quiet
-    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, tokens_of
+    from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
     from megatron_sharpness.megatron.watch import LAYOUT, write_down
@@ -140,12 +140,12 @@ class CriticalSharpnessCallback(Callback):
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         if self._trial is not None:
-            self._trial.begin_step(context)
+            self._trial.recorder.begin()
         iteration = context.state.train_state.step + 1
         if self._settings.every and self._meter.due(iteration):
             self._recording = RecordingSchedule(self._schedule, context.model)
             if self._trial is not None:
-                self._trial.take_times(self._recording)
+                self._recording.take_times(self._trial.recorder)
             self._observed = ObservedStep(
                 context.optimizer,
                 context.model,
@@ -158,7 +158,7 @@ class CriticalSharpnessCallback(Callback):
     def on_train_step_end(self, context: CallbackContext) -> None:
         self._measure(context)
         if self._trial is not None:
-            self._trial.end_step(context)
+            self._trial.write_down(context, context.state.train_state.step + 1)
 
     def _measure(self, context: CallbackContext) -> None:
         observed, recording, state = self._observed, self._recording, context.state
@@ -191,13 +191,11 @@ class _InTrial:
 
     Attributes:
         recorder: what writes.
-        since: when the step has begun.
     """
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.recorder: Any = None
-        self.since = 0.0
 
     def begin(self, context: CallbackContext) -> None:
         """Before the first step: Bridge asks for its configuration as it goes."""
@@ -217,22 +215,11 @@ class _InTrial:
             },
         )  # fmt: skip
 
-    def take_times(self, recording: RecordingSchedule) -> None:
-        """Of its forward-only passes."""
-        timed = self.recorder.timed(recording.replay, tokens_of)
-        recording.replay = timed  # type: ignore[method-assign]
+        self.write_down(context, state.train_state.step)
 
-    def begin_step(self, context: CallbackContext) -> None:
-        if not self.since:
-            self._write_down(context, context.state.train_state.step, 0.0)
-        self.since = clock()
-
-    def end_step(self, context: CallbackContext) -> None:
-        self._write_down(context, context.state.train_state.step + 1, clock() - self.since)
-
-    def _write_down(self, context: CallbackContext, number: int, seconds: float) -> None:
-        parts = (context.model, context.optimizer, context.scheduler)
-        write_down(self.recorder, number, seconds, *parts)
+    def write_down(self, context: CallbackContext, number: int) -> None:
+        """What this rank is after an iteration."""
+        write_down(self.recorder, number, context.model, context.optimizer, context.scheduler)
 
 
 def _options(context: CallbackContext) -> SimpleNamespace:

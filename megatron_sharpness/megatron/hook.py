@@ -47,7 +47,7 @@ from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.megatron import graphs
 from megatron_sharpness.megatron.parts import PartsOfModel
 from megatron_sharpness.megatron.quiet import quiet
-from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting, tokens_of
+from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import (
@@ -124,8 +124,7 @@ class MeasuredTrainStep:
             self._frozen_run = FrozenRun(partial(trained_tensors, model, optimizer))
         schedule = RecordingSchedule(call.arguments["forward_backward_func"], model)
         if self._recorder is not None:
-            timed = self._recorder.timed(schedule.replay, tokens_of)
-            schedule.replay = timed  # type: ignore[method-assign]
+            schedule.take_times(self._recorder)
         call.arguments["forward_backward_func"] = schedule
         parts = self._parts if self._settings.due_parts(iteration) else None
         observed = ObservedStep(optimizer, model, get_args(), offload=self._offload, parts=parts)

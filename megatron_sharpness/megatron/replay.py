@@ -11,6 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.utils import get_model_config
 
+from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.replay import reduce_loss
 from megatron_sharpness.core.state import State
 from megatron_sharpness.data.evaluation import EvaluationSet
@@ -29,11 +30,6 @@ class Loss:
 
     loss: torch.Tensor
     tokens: torch.Tensor | None
-
-
-def tokens_of(losses: Sequence[Loss]) -> list[float]:
-    """How many each loss of a micro-batch is of; 1 where its function says none."""
-    return [1.0 if each.tokens is None else float(each.tokens.sum()) for each in losses]
 
 
 class RecordingSchedule:
@@ -132,6 +128,15 @@ class RecordingSchedule:
         batches = _map_iterators(self._batches, lambda tee: iter([_shallow(b) for b in tee.seen]))
         with self._scales.repeated():
             return self._forward(batches, int(self._kwargs["num_microbatches"]))
+
+    def take_times(self, recorder: Recorder) -> None:
+        """Have a trial know how long each :meth:`replay` takes, and how many tokens each of its
+        losses is of: 1 where the loss function says none."""
+
+        def tokens(losses: list[Loss]) -> list[float]:
+            return [1.0 if each.tokens is None else float(each.tokens.sum()) for each in losses]
+
+        self.replay = recorder.timed(self.replay, tokens)  # type: ignore[method-assign]
 
     def reduce(
         self, losses: list[Loss] | None, error: Exception | None, *, per_token: bool

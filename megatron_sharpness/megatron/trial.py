@@ -10,7 +10,7 @@ from typing import Any
 from megatron.training import get_args, training
 
 from megatron_sharpness.arguments import as_trial
-from megatron_sharpness.core.recorder import Recorder, clock
+from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.megatron.hook import attach
 from megatron_sharpness.megatron.watch import LAYOUT, write_down
@@ -47,10 +47,10 @@ def _recorded(
         if last is None:
             last = megatron.curr_iteration + iterations
             megatron.exit_interval = last
-            write_down(recorder, megatron.curr_iteration, 0.0, *parts)
-        started = clock()
+            write_down(recorder, megatron.curr_iteration, *parts)
+        recorder.begin()
         result = train_step(*args, **kwargs)
-        write_down(recorder, megatron.curr_iteration + 1, clock() - started, *parts)
+        write_down(recorder, megatron.curr_iteration + 1, *parts)
         return result
 
     return recorded_train_step

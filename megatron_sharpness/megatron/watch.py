@@ -77,7 +77,7 @@ def _globals() -> Iterator[tuple[str, object]]:
 
 
 def write_down(
-    recorder: Recorder, number: int, seconds: float, model: Any, optimizer: Any, scheduler: Any
+    recorder: Recorder, number: int, model: Any, optimizer: Any, scheduler: Any
 ) -> None:
     """What a rank is after an iteration.
 
@@ -92,7 +92,6 @@ def write_down(
     trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
     recorder.iteration(
         number,
-        seconds,
         {
             "weights": owned,
             **{f"model {i}" if i else "model": chunk for i, chunk in enumerate(model)},

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.measurement import Measurement
-from megatron_sharpness.core.recorder import Recorder, clock
+from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
@@ -60,18 +60,18 @@ class TrialSharpness(CriticalSharpness):
             },
         )
         self._meter.confirm = self._recorder.confirm
-        self._write_down(-1, 0.0)
-        self._since = clock()
+        self._write_down(-1)
+        self._recorder.begin()
 
     def after_step(self, step: int, evaluate: Evaluate, **given: Any) -> Measurement | None:
         record = super().after_step(step, self._recorder.timed(evaluate), **given)
-        self._write_down(step, clock() - self._since)
-        self._since = clock()
+        self._write_down(step)
+        self._recorder.begin()
         return record
 
-    def _write_down(self, step: int, seconds: float) -> None:
+    def _write_down(self, step: int) -> None:
         optimizers = {f"optimizer {i}" if i else "optimizer": entry
                       for i, entry in enumerate(self._optimizers)}  # fmt: skip
         roots = {"model": self._model, **optimizers, **self._keep}
         ignored = (*GATHERED, *_HOOKS)
-        self._recorder.iteration(step, seconds, roots, RandomStates(), ignored=ignored)
+        self._recorder.iteration(step, roots, RandomStates(), ignored=ignored)

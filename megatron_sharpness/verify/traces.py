@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from megatron_sharpness.core.errors import InputError
 
 #: A line of a training log, and its number.
 _LINE = re.compile(r"(?:iteration|step) +(\d+) */", re.IGNORECASE)
+
+#: Ranks of a run whose traces are kept.
+KEPT = 8
 
 #: What a value is, by its name: bits, and of a tensor ⟨w, z⟩ and ‖w‖, too.
 Prints = dict[str, list[Any]]
@@ -43,17 +47,22 @@ class RankTrace:
         return list(self.prints)[1:]
 
 
-@dataclass(frozen=True)
 class Trace:
     """One run's.
 
-    Attributes:
+    Args:
         folder: where its ranks have written.
         ranks: how many they were.
+
+    Attributes:
+        rank: what a rank has written, as far as it is whole lines, by its number. Some are kept:
+            all of a large run would be more than memory holds.
     """
 
-    folder: Path
-    ranks: int
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.rank: Callable[[int], RankTrace] = functools.lru_cache(KEPT)(self._read)
 
     @classmethod
     def of(cls, folder: Path) -> Trace:
@@ -72,8 +81,7 @@ class Trace:
             )
         return cls(folder, ranks)
 
-    def rank(self, number: int) -> RankTrace:
-        """What a rank has written, as far as it is whole lines."""
+    def _read(self, number: int) -> RankTrace:
         trace, now = RankTrace(), Prints()
         for line in _lines(self.folder / f"rank-{number}.jsonl"):
             if "iteration" in line:
