@@ -180,23 +180,29 @@ class UpdateLine:
             read_in: the type that the forward pass casts weights to, where it is coarser than the
                 model's.
         """
-        for shard, start, end, parts, grad in zip(
-            self.shards, self._starts, self._ends, self.parts, gradients, strict=True
-        ):
-            if not shard.counted:
-                continue
-            device = shard.model.device
-            precision = torch.promote_types(start.dtype, torch.float32)
-            types = [shard.model.dtype] if read_in is None else [shard.model.dtype, read_in]
-            coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
-            rows = [0, *(1 + part for part in parts)]
-            for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
-                weights = a.to(device, precision)
-                update = weights - b.to(device, precision)
-                gradient = g[0].to(device, precision) if g else None
-                sums = product_sums(weights, update, gradient, coarsest).to(total.device)
-                for row in rows:
-                    total[row] += sums
+        for number, gradient in enumerate(gradients):
+            self.add_products(number, gradient, total, read_in)
+
+    @torch.no_grad()
+    def add_products(
+        self, number: int, grad: Tensor | None, total: Tensor, read_in: torch.dtype | None = None
+    ) -> None:
+        """The same of one shard, by its number."""
+        shard, start, end = self.shards[number], self._starts[number], self._ends[number]
+        if not shard.counted:
+            return
+        device = shard.model.device
+        precision = torch.promote_types(start.dtype, torch.float32)
+        types = [shard.model.dtype] if read_in is None else [shard.model.dtype, read_in]
+        coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+        rows = [0, *(1 + part for part in self.parts[number])]
+        for a, b, *g in _chunks(start, end, *([] if grad is None else [grad])):
+            weights = a.to(device, precision)
+            update = weights - b.to(device, precision)
+            gradient = g[0].to(device, precision) if g else None
+            sums = product_sums(weights, update, gradient, coarsest).to(total.device)
+            for row in rows:
+                total[row] += sums
 
     def _values(self, shard: Shard) -> Tensor:
         """A copy of the main parameters."""

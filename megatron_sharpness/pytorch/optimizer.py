@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +63,22 @@ class ObservedOptimizer:
         self._parts = parts
         rows = 1 + len(parts.names) if parts else 1
         self.products = torch.zeros(rows, StepProducts.COUNT, dtype=torch.float64)
-        self.slope_known = True
+        self.slope_known = self.shards.steps_on_gradients
         self._offload = offload
         self._line = UpdateLine([])
         #: PyTorch's own optimizers call their closure before all else, and leave gradients alone.
-        self._own = type(optimizer).__module__.startswith("torch.optim.")
+        self._own = _is_torchs(optimizer)
         self._left = self._weights()
         self._used: Checksums | None = None
         self._depth = 0  # a step may call that of the class it was derived from
-        self._release = on_step(optimizer, self._before, self._after)
+        self._inside = self.shards.inside()
+        self._inner_steps = 0
+        self._used_inside: Checksums | None = None
+        self._releases = [on_step(optimizer, self._before, self._after)]
+        for inner in self._inside:
+            before = functools.partial(self._before_inside, inner)
+            after = functools.partial(self._after_inside, inner)
+            self._releases.append(on_step(inner, before, after))
 
     def move(self, fraction: float, part: int | None = None) -> None:
         """Write θ_t + fraction·(θ_{t+1} − θ_t) to this rank's shards, or to those of one part and
@@ -83,7 +91,8 @@ class ObservedOptimizer:
 
     def release(self) -> None:
         """Take the hooks off and give the copies back."""
-        self._release()
+        for release in self._releases:
+            release()
         self._line = UpdateLine([])
 
     def inspect(self) -> Exception | None:
@@ -141,44 +150,70 @@ class ObservedOptimizer:
 
     def _begin(self) -> None:
         try:
-            self.lr, self.weight_decay = largest_rates(self.optimizer)
+            self.lr, self.weight_decay = largest_rates(self.shards.groups())
             self.shards.check()
             self._line = UpdateLine(self.shards.shards(), offload=self._offload)
             self._line.begin()
-            self._used = None if self._own else self._gradients()
+            self.products = torch.zeros_like(self.products, device=self._line.device)
+            self._inner_steps = 0
+            self._used = None if self._own or self._inside else self._gradients()
         except Exception as caught:  # out of memory, say
             self._fail(caught)
 
     def _after(self) -> None:
         self._depth -= 1
-        if self._depth:
-            return
+        if self._depth or (self._inside and not self._inner_steps):
+            return  # within another one, or skipped by a loss scaler
         moves = self.lr != 0.0 or self.error is not None
         self.steps, self.idle = self.steps + moves, self.idle + (not moves)
         try:
             # Collective for partial sums, and so made on a rank that failed before, too.
             gradients = self.shards.gradients()
-            sparse = [g is not None and g.layout != torch.strided for g in gradients]
-            self.slope_known &= not any(sparse)
             if self._used is not None:  # some optimizers compute in the gradients' own memory
                 self.slope_known &= self._used == self._gradients()
             if self.error is None:
-                self._line.end(self.shards.shards())
-                if self._parts is not None:
-                    self._line.parts = [self._parts.of(p) for p in self.shards.parameters()]
-                self.products = torch.zeros_like(self.products, device=self._line.device)
-                dense = (None if odd else g for g, odd in zip(gradients, sparse, strict=True))
-                self._line.products(dense, self.products, self._read_in())
+                self._end()
+                if not self._inside:
+                    self._multiply(enumerate(gradients))
                 self._left = self._weights()
         except Exception as caught:
             self._fail(caught)
+
+    def _before_inside(self, inner: Optimizer, closure: Any) -> Any:
+        used = self.shards.gradients_in(inner)
+        self._used_inside = None if _is_torchs(inner) else self._checksums(_dense(used.values()))
+        return closure
+
+    def _after_inside(self, inner: Optimizer) -> None:
+        self._inner_steps += 1
+        gradients = self.shards.gradients_in(inner)
+        if self._used_inside is not None:
+            self.slope_known &= self._used_inside == self._checksums(_dense(gradients.values()))
+        if self.error is not None:
+            return
+        try:
+            self._end()
+            self._multiply(gradients.items())
+        except Exception as caught:
+            self._fail(caught)
+
+    def _end(self) -> None:
+        self._line.end(self.shards.shards())
+        if self._parts is not None:
+            self._line.parts = [self._parts.of(p) for p in self.shards.parameters()]
+
+    def _multiply(self, gradients: Iterable[tuple[int, Tensor | None]]) -> None:
+        """Add the products of shards, by their number, with their gradients."""
+        for number, gradient in gradients:
+            if gradient is not None and gradient.layout != torch.strided:
+                self.slope_known, gradient = False, None
+            self._line.add_products(number, gradient, self.products, self._read_in())
 
     def _weights(self) -> Checksums:
         return self._checksums(self.shards.parameters())
 
     def _gradients(self) -> Checksums:
-        gradients = [parameter.grad for parameter in self.shards.parameters()]
-        return self._checksums(g for g in gradients if g is not None and g.layout == torch.strided)
+        return self._checksums(_dense(p.grad for p in self.shards.parameters()))
 
     def _checksums(self, tensors: Iterable[Tensor]) -> Checksums:
         try:
@@ -256,13 +291,21 @@ def on_step(
     return put_back
 
 
-def largest_rates(optimizer: Optimizer) -> tuple[float, float]:
-    """The largest learning rate and the largest weight decay of the parameter groups."""
-    groups = [group for group in optimizer.param_groups if group["params"]]
+def largest_rates(groups: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The largest learning rate and the largest weight decay of parameter groups."""
     return (
         max((float(group["lr"]) for group in groups), default=0.0),
         max((float(group.get("weight_decay", 0.0)) for group in groups), default=0.0),
     )
+
+
+def _dense(gradients: Iterable[Tensor | None]) -> Iterator[Tensor]:
+    return (g for g in gradients if g is not None and g.layout == torch.strided)
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    """Whether it leaves gradients as they are, and calls a closure before all else."""
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 class ModelOnLines:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.state import State
-from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
+from megatron_sharpness.pytorch.shards import OF_PASSES
 
 #: What to say of an evaluation that draws other numbers than the step.
 OTHER_DRAWS = (
@@ -32,8 +32,8 @@ FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 
 def state_of(**objects: object) -> State:
     """What a model and others keep beside parameters, but for DDP's flags, of which each pass has
-    its own, and what Megatron-FSDP has gathered."""
-    return State(objects, ignored=(*FLAGS, *GATHERED))
+    its own, and what sharding has gathered for it."""
+    return State(objects, ignored=(*FLAGS, *OF_PASSES))
 
 
 @dataclass
@@ -331,7 +331,9 @@ def _eager_owners(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold matrices, but for those in compiled ones: a hook would compile anew."""
     if _is_compiled(module):
         return
-    if any(p.is_floating_point() and p.dim() > 1 for p in module.parameters(recurse=False)):
+    weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+    # Under ZeRO 3 a parameter has its shape in a pass alone.
+    if any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in weights):
         yield module
     for child in module.children():
         yield from _eager_owners(child)

@@ -39,8 +39,7 @@ from megatron_sharpness.pytorch.passes import (
     collective_device,
     state_of,
 )
-from megatron_sharpness.pytorch.shards import local
-from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
+from megatron_sharpness.pytorch.shards import OF_PASSES, local
 
 
 class LossAt(Protocol):
@@ -156,8 +155,7 @@ class ObservedStep:
         """Of parameters that train, and that no optimizer given steps."""
         if any(isinstance(m, FSDPModule) or is_sharded(m) for m in self._model.modules()):
             return Checksums([])  # whose parameters are others in a pass
-        groups = (group for seen in self._optimizers for group in seen.optimizer.param_groups)
-        given = {id(parameter) for group in groups for parameter in group["params"]}
+        given = {id(parameter) for seen in self._optimizers for parameter in seen.shards.of_model()}
         left_out = [p for p in self._model.parameters() if p.requires_grad and id(p) not in given]
         return Checksums(local(p) for p in left_out if not is_lazy(p))
 
@@ -201,7 +199,7 @@ class ObservedStep:
         watch = None
         if watched and not frozen:
             lines.sync()  # the weights as the shards that they are in the end, too
-            watch = Watch(self._everything, ignored=GATHERED)
+            watch = Watch(self._everything, ignored=OF_PASSES)
         states = RandomStates()
         training = [(module, module.training) for module in self._model.modules()]
         moved = frozen
@@ -317,7 +315,7 @@ class ObservedStep:
         error = self.error
         stepped = [seen for seen in self._optimizers if seen.steps or seen.idle]
         rates = [(seen.lr, seen.weight_decay) for seen in stepped] or [
-            largest_rates(seen.optimizer) for seen in self._optimizers
+            largest_rates(seen.shards.groups()) for seen in self._optimizers
         ]
         flags = torch.tensor(
             [
@@ -338,7 +336,7 @@ class ObservedStep:
             consumed_samples=consumed_samples,
             lr=lr,
             weight_decay=decay,
-            beta1=_beta1([seen.optimizer for seen in self._optimizers]),
+            beta1=_beta1(self._optimizers),
             trained=trained,
             coarse=bool(coarse),
             skipped=NOT_CALLED if skipped else None,
@@ -366,14 +364,11 @@ class ObservedStep:
         return seen.without_slope() if no_slope else seen
 
 
-def _beta1(optimizers: Sequence[Optimizer]) -> float | None:
+def _beta1(observed: Sequence[ObservedOptimizer]) -> float | None:
     """β₁ where all that steps is Adam with the same one."""
-    if not all("Adam" in type(optimizer).__name__ for optimizer in optimizers):
+    steppers = [s for seen in observed for s in seen.shards.inside() or [seen.optimizer]]
+    if not all("Adam" in type(optimizer).__name__ for optimizer in steppers):
         return None
-    found = {
-        float(group["betas"][0])
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if "betas" in group
-    }
+    groups = [group for seen in observed for group in seen.shards.groups()]
+    found = {float(group["betas"][0]) for group in groups if "betas" in group}
     return found.pop() if len(found) == 1 else None

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from megatron_sharpness.core.errors import InputError, SettingError
 from megatron_sharpness.core.settings import check_names
-from megatron_sharpness.pytorch.shards import local, shards_of
+from megatron_sharpness.pytorch.shards import deepspeed, local, shards_of
 
 
 def optimizers_in(given: Any) -> list[Optimizer]:
@@ -23,7 +23,7 @@ def optimizers_in(given: Any) -> list[Optimizer]:
     Raises:
         InputError: it is neither.
     """
-    if isinstance(given, Optimizer):
+    if isinstance(given, Optimizer) or deepspeed.owns(given):
         return [given]
     try:
         return list(given)
@@ -51,7 +51,7 @@ def losses_by_name(given: Any) -> dict[str, Any]:
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer inside of accelerate's, which steps it where it steps at all."""
-    while type(optimizer).__module__ == "accelerate.optimizer":
+    while type(optimizer).__module__ in ("accelerate.optimizer", "accelerate.utils.deepspeed"):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
@@ -68,6 +68,13 @@ def refuse_unsupported(
         raise SettingError("mode", mode, "give 'train' or 'eval'")
     if offload not in ("none", "cpu"):
         raise SettingError("offload", offload, "give 'none' or 'cpu'")
+    if deepspeed.is_engine(model):
+        deepspeed.refuse_engine(model)
+    elif any(map(deepspeed.owns, optimizers)):
+        raise InputError(
+            "model: the optimizer is a DeepSpeed engine's, and the model is not; give the engine "
+            "that deepspeed.initialize has returned, as the loop calls it"
+        )
     seen: set[Tensor] = set()
     for optimizer in optimizers:
         _refuse_optimizer(optimizer)
@@ -99,7 +106,7 @@ def refuse_unsupported(
 
 def _refuse_optimizer(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer) and not deepspeed.owns(optimizer):
         raise InputError(
             f"optimizer: {name} is not a torch.optim.Optimizer, whose step can be observed; give "
             "the optimizers that it holds"

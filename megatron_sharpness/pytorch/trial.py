@@ -16,7 +16,7 @@ from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.losses import Evaluate
-from megatron_sharpness.pytorch.shards.megatron_fsdp import GATHERED
+from megatron_sharpness.pytorch.shards import OF_PASSES
 from megatron_sharpness.sinks import JsonLinesSink
 
 #: Where an optimizer keeps the hooks by which its coming step is observed.
@@ -73,5 +73,5 @@ class TrialSharpness(CriticalSharpness):
         optimizers = {f"optimizer {i}" if i else "optimizer": entry
                       for i, entry in enumerate(self._optimizers)}  # fmt: skip
         roots = {"model": self._model, **optimizers, **self._keep}
-        ignored = (*GATHERED, *_HOOKS)
+        ignored = (*OF_PASSES, *_HOOKS)
         self._recorder.iteration(step, roots, RandomStates(), ignored=ignored)

@@ -19,7 +19,6 @@ from megatron_sharpness.pytorch.passes import collective_device
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.utils import DistributedType
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
@@ -69,7 +68,7 @@ class CriticalSharpnessCallback(TrainerCallback):
         self._losses: list[Tensor] = []
         self._divided: list[bool] = []
         self._before = State({})
-        self._grad_norm: Tensor | float | None = None
+        self._grad_norms: list[Tensor | float | None] = []  # None where DeepSpeed keeps none
         self._watching = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -92,7 +91,7 @@ class CriticalSharpnessCallback(TrainerCallback):
             state.global_step + 1,
             self._loss_sum_and_tokens,
             loss=(torch.stack(self._losses).sum(), 1.0) if self._losses else None,
-            grad_norm=self._grad_norm,
+            grad_norm=self._grad_norms[-1] if self._grad_norms else None,
         )
         self._forget()
 
@@ -116,8 +115,8 @@ class CriticalSharpnessCallback(TrainerCallback):
         self._sharpness = None
 
     def _forget(self) -> None:
-        self._calls, self._losses, self._divided = [], [], []
-        self._returned = self._grad_norm = None
+        self._calls, self._losses, self._divided, self._grad_norms = [], [], [], []
+        self._returned = None
         self._before = State({})
 
     def _watch(self) -> None:
@@ -142,8 +141,8 @@ class CriticalSharpnessCallback(TrainerCallback):
             return backward(loss, *args, **kwargs)
 
         def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
-            self._grad_norm = clip_grad_norm(*args, **kwargs)
-            return self._grad_norm
+            self._grad_norms.append(clip_grad_norm(*args, **kwargs))
+            return self._grad_norms[-1]
 
         for owner, name, function in (
             (trainer, "compute_loss", keep_and_compute),
@@ -158,7 +157,7 @@ class CriticalSharpnessCallback(TrainerCallback):
 
     def _loss_sum_and_tokens(self) -> tuple[Tensor | float, Tensor | float]:
         tokens = self._tokens()  # collective: before anything that one rank alone may raise
-        if self._grad_norm is None and self.trainer.args.max_grad_norm > 0:
+        if not self._grad_norms and self.trainer.args.max_grad_norm > 0:
             raise RuntimeError("the gradients were clipped, and not by accelerator.clip_grad_norm_")
         if len(self._calls) != len(self._losses):
             raise RuntimeError(
@@ -226,9 +225,6 @@ def _refuse_unsupported(trainer: Trainer) -> None:
     reasons = {
         "trainer: nn.DataParallel on several GPUs; launch one process a GPU, with torchrun": (
             trainer.args.n_gpu > 1
-        ),
-        "trainer: DeepSpeed steps its own copies of the parameters; train with DDP or FSDP2": (
-            trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
         ),
         "trainer: tensor, context or sequence parallelism has not been tried; train with "
         "DDP or FSDP2": (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1),

@@ -8,21 +8,27 @@ to have the next forward pass see it (``sync``).
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import Optimizer
 
 from megatron_sharpness.core.fully_sharded import FullyShardedModules
-from megatron_sharpness.pytorch.shards import megatron_fsdp
+from megatron_sharpness.pytorch.shards import deepspeed, megatron_fsdp
 from megatron_sharpness.pytorch.shards.dtensor import local
 from megatron_sharpness.pytorch.shards.megatron_fsdp import MegatronFSDPShards
 from megatron_sharpness.pytorch.shards.tensors import Tensors, trained
 from megatron_sharpness.pytorch.shards.zero import ZeroShards
 
-__all__ = ["FullyShardedModules", "Tensors", "local", "shards_of"]
+__all__ = ["OF_PASSES", "FullyShardedModules", "Tensors", "local", "shards_of"]
+
+#: Attributes in which sharding keeps what a pass has gathered, and from where.
+OF_PASSES = (*megatron_fsdp.GATHERED, *deepspeed.NOTED)
 
 
-def shards_of(optimizer: Optimizer) -> Tensors:
+def shards_of(optimizer: Any) -> Tensors:
     """Those of an optimizer, whichever way they are sharded."""
+    if deepspeed.owns(optimizer):
+        return deepspeed.shards_of(optimizer)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         return ZeroShards(optimizer)
     if any(map(megatron_fsdp.owns, trained(optimizer))):

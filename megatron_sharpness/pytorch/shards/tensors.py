@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from megatron_sharpness.core.update_line import Shard
 from megatron_sharpness.pytorch.shards.dtensor import holds_first_copy, local, local_gradient
@@ -26,6 +27,28 @@ class Tensors:
     def parameters(self) -> list[Tensor]:
         """Those that train, in the optimizer's order."""
         return trained(self.optimizer)
+
+    def of_model(self) -> list[Tensor]:
+        """Those of the model that it steps, on whichever rank."""
+        return [parameter for group in self.groups() for parameter in group["params"]]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups that hold any."""
+        return [group for group in self.optimizer.param_groups if group["params"]]
+
+    def inside(self) -> list[Optimizer]:
+        """The optimizers whose steps this one's consists of, if the gradients are there in those
+        alone."""
+        return []
+
+    @property
+    def steps_on_gradients(self) -> bool:
+        """Whether what is in the gradients' place are the gradients of the loss."""
+        return True
+
+    def gradients_in(self, inner: Optimizer) -> dict[int, Tensor | None]:
+        """By the number of the shard, the gradients that one of those steps on."""
+        return {}
 
     def shards(self) -> list[Shard]:
         """What this rank holds of them. Read anew at each call: a step may put another tensor in a
