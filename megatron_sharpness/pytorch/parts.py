@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.parts import Weight, parts_of, tag_of
 from megatron_sharpness.core.replay import of_all_ranks
+from megatron_sharpness.pytorch.shards import deepspeed
 
 #: What wrappers of a model put into the names of its parameters.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -34,6 +35,11 @@ class PartsOfModel:
     def __init__(
         self, chosen: str | Mapping[str, str], model: nn.Module, optimizers: Sequence[Optimizer]
     ) -> None:
+        if any(map(deepspeed.owns, optimizers)):
+            raise SettingError(
+                "parts", chosen, "what DeepSpeed steps holds pieces of many parameters, which are "
+                "not moved by themselves; leave it out",
+            )  # fmt: skip
         weights = _weights(model, optimizers)
         if chosen != "groups" and not all(weight.name for weight in weights.values()):
             raise SettingError(

@@ -281,7 +281,7 @@ class ObservedStep:
 
     def _everything(self) -> dict[str, object]:
         """What training reads later."""
-        optimizers = [seen.optimizer for seen in self._optimizers]
+        optimizers = [o for s in self._optimizers for o in (s.optimizer, *s.shards.inside())]
         names = [f"optimizer {i}" if i else "optimizer" for i in range(len(optimizers))]
         shards = [shard for seen in self._optimizers for shard in seen.shards.shards()]
         return {

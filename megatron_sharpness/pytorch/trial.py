@@ -16,7 +16,7 @@ from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.losses import Evaluate
-from megatron_sharpness.pytorch.shards import OF_PASSES
+from megatron_sharpness.pytorch.shards import OF_PASSES, shards_of
 from megatron_sharpness.sinks import JsonLinesSink
 
 #: Where an optimizer keeps the hooks by which its coming step is observed.
@@ -70,8 +70,9 @@ class TrialSharpness(CriticalSharpness):
         return record
 
     def _write_down(self, step: int) -> None:
-        optimizers = {f"optimizer {i}" if i else "optimizer": entry
-                      for i, entry in enumerate(self._optimizers)}  # fmt: skip
+        around = self._optimizers
+        each = [o for entry in around for o in (entry, *shards_of(entry).inside())]
+        optimizers = {f"optimizer {i}" if i else "optimizer": o for i, o in enumerate(each)}
         roots = {"model": self._model, **optimizers, **self._keep}
         ignored = (*OF_PASSES, *_HOOKS)
         self._recorder.iteration(step, roots, RandomStates(), ignored=ignored)

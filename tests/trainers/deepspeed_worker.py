@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +30,7 @@ from megatron_sharpness.core.errors import InputError
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.sinks import DeepSpeedSink
 from tests.digest import hash_of, random_states
+from tests.processes import ROOT
 from tests.pytorch.gpt import GPT, loss_sum, make_batch, make_gpt
 
 warnings.simplefilter("ignore")
@@ -237,14 +239,15 @@ def refusals() -> dict[str, str]:
     )
     reasons = {}
 
-    def refuse(name: str, *given: Any) -> None:
+    def refuse(name: str, *given: Any, **settings: Any) -> None:
         try:
-            CriticalSharpness(*given)
+            CriticalSharpness(*given, **settings)
         except InputError as error:
             reasons[name] = str(error)
 
     refuse("module", engine.module, optimizer)
     refuse("optimizer", engine, engine)
+    refuse("parts", engine, optimizer, parts="groups")
     zero_config = engine._config.zero_config
     for owner, name, value in (
         (engine, "pipeline_parallelism", True),
@@ -293,6 +296,14 @@ def logged(folder: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
+def run_page() -> None:
+    """The loop that docs/deepspeed.md begins with."""
+    text = (ROOT / "docs" / "deepspeed.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert snippet is not None
+    exec(snippet[1], {"__name__": "__main__"})
+
+
 def main(folder: Path) -> None:
     # Sums of gloo, not DeepSpeed's own in shared memory, which would have to be compiled.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -321,6 +332,10 @@ def main(folder: Path) -> None:
         }
     results["refusals"] = refusals()
     results["logged"] = logged(folder / "monitor")
+    run_page()
+    dist.barrier()
+    lines = Path("runs", "loop", "critical_sharpness.jsonl").read_text().splitlines()
+    results["page"] = [json.loads(line) for line in lines]
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
 
 

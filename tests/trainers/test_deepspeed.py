@@ -90,6 +90,7 @@ def test_the_monitor_has_the_curves_against_samples(pair: Ranks) -> None:
 REASONS = {
     "module": "give the engine",
     "optimizer": "not a torch.optim.Optimizer",
+    "parts": "pieces of many parameters",
     "pipeline_parallelism": "PipelineModule",
     "has_moe_layers": "mixtures of experts",
     "autotp_size": "autotp_size",
@@ -107,6 +108,12 @@ def test_what_cannot_be_measured_is_refused(pair: Ranks) -> None:
     assert reasons.keys() == REASONS.keys()
     for name, words in REASONS.items():
         assert words in reasons[name]
+
+
+def test_the_loop_of_the_page_runs(pair: Ranks) -> None:
+    records = pair[0]["page"]
+    assert [record["iteration"] for record in records] == [0, 20, 40, 60, 80, 100]
+    assert all(record["status"] == "found" for record in records)
 
 
 @pytest.mark.parametrize("name", ["2", "3", "2, bf16, accumulated"])
