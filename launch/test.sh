@@ -30,7 +30,9 @@ install_beside() {
 
 frameworks=(hf) # which launch/fsdp has models of
 if [[ "$chosen" == rare ]]; then
-    frameworks=(bridge deepspeed hf lightning megatron-fsdp olmo-core optimizers torchtitan)
+    frameworks=(
+        automodel bridge deepspeed hf lightning megatron-fsdp olmo-core optimizers torchtitan
+    )
     export MEGATRON_CORE_OTHER="$PWD/.venv/megatron-core-$OTHER_MEGATRON_CORE"
     install_beside "$MEGATRON_CORE_OTHER" "megatron-core==$OTHER_MEGATRON_CORE"
 fi

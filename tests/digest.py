@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def hash_of(*values: Any) -> str:
@@ -28,6 +29,9 @@ def random_states() -> str:
 def _add(sha: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         local = value.to_local() if isinstance(value, DTensor) else value
+        if is_traceable_wrapper_subclass(local):
+            _add(sha, [getattr(local, name) for name in local.__tensor_flatten__()[0]])
+            return
         flat = local.detach().contiguous().cpu().reshape(-1)
         sha.update(str((local.dtype, tuple(local.shape))).encode())
         sha.update(flat.view(torch.uint8).numpy().tobytes())

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: Values that are compared as they are.
 PLAIN = (
@@ -166,6 +167,9 @@ class State:
         name = self._names.get(id(tensor), name)
         with torch.no_grad():
             held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not is_parameter and is_traceable_wrapper_subclass(held):
+            inner, _ = held.__tensor_flatten__()
+            return [(f"{name}.{key}", getattr(held, key)) for key in inner]  # such as 8-bit moments
         if held.is_meta or (held.numel() and not held.untyped_storage().nbytes()):
             return ()  # without memory, or with its memory given back until it is gathered again
         self.tensors[name] = held

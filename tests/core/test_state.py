@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from megatron_sharpness.core.state import State
 from megatron_sharpness.core.watch import Checksums, Watch, checksum
@@ -233,6 +234,17 @@ def test_a_watch_names_parameters_gradients_and_optimizers_state() -> None:
     }  # fmt: skip
     assert optimizer.param_groups[0]["lr"] == 1e-3  # and puts small things back
     assert watch.changes(CPU) == []
+
+
+def test_a_tensor_that_is_made_of_others_is_read_by_them() -> None:
+    """As the moments of 8-bit optimizers are: whole, they offer few operations."""
+    codes, scales = torch.ones(3), torch.ones(3)
+    optimizer = SimpleNamespace(state={"moment": TwoTensor(codes, scales)})
+    watch = Watch(lambda: {"optimizer": optimizer})
+    assert watch.changes(CPU) == []
+    scales[0] = 2.0
+    assert watch.changes(CPU) == ["optimizer.state[moment].b"]
+    assert scales[0] == 1.0
 
 
 def test_libraries_are_looked_into_where_that_is_asked_for() -> None:
