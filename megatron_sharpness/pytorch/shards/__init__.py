@@ -21,10 +21,15 @@ from megatron_sharpness.pytorch.shards.zero import ZeroShards
 __all__ = ["FullyShardedModules", "Tensors", "local", "shards_of"]
 
 
-def shards_of(optimizer: Optimizer) -> Tensors:
-    """Those of an optimizer, whichever way they are sharded."""
+def shards_of(optimizer: Optimizer, first_rank: int = 0) -> Tensors:
+    """Those of an optimizer, whichever way they are sharded.
+
+    Args:
+        optimizer: PyTorch's, or one like it.
+        first_rank: the lowest of the ranks that hold the same part of the model.
+    """
     if isinstance(optimizer, ZeroRedundancyOptimizer):
-        return ZeroShards(optimizer)
+        return ZeroShards(optimizer, first_rank)
     if any(map(megatron_fsdp.owns, trained(optimizer))):
-        return MegatronFSDPShards(optimizer)
-    return Tensors(optimizer)
+        return MegatronFSDPShards(optimizer, first_rank)
+    return Tensors(optimizer, first_rank)
