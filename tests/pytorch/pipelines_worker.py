@@ -64,6 +64,7 @@ class Kind:
         checkpointed: whether activations are computed again in the backward pass.
         compiled: whether the stages are.
         with_parts: whether the parts of the model are measured, too.
+        shaped: whether the schedule is told of which shape the outputs of stages are.
         options: of CriticalSharpness.
     """
 
@@ -77,6 +78,7 @@ class Kind:
     checkpointed: bool = False
     compiled: bool = False
     with_parts: bool = False
+    shaped: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def held(self, rank: int, ranks: int) -> list[int]:
@@ -113,7 +115,8 @@ PIPELINES = {
 
 #: On two data-parallel ranks, on four processes.
 WITH_DATA_PARALLEL = {
-    "gpipe × ddp": Kind(ScheduleGPipe, wrap=ddp),
+    # Else PyTorch finds the shapes out with a backward pass, after which DDP (2.14) fails.
+    "gpipe × ddp": Kind(ScheduleGPipe, wrap=ddp, shaped=True),
     "1f1b × fsdp2": Kind(Schedule1F1B, wrap=fsdp2, clip=0.3),
     "interleaved × fsdp2": Kind(ScheduleInterleaved1F1B, stages=2, wrap=fsdp2),
 }
@@ -212,9 +215,12 @@ class Training:
         if kind.compiled:
             self.called = [torch.compile(part, backend="aot_eager") for part in self.called]
         stages = [
-            PipelineStage(module, i, self.stages, torch.device("cpu"), group=self.mesh.get_group(0))
+            PipelineStage(
+                module, i, self.stages, torch.device("cpu"), group=self.mesh.get_group("pp"),
+                **self.shapes(i) if kind.shaped else {},
+            )
             for i, module in zip(self.held, self.called, strict=True)
-        ]
+        ]  # fmt: skip
         self.total = 1
         self.schedule = kind.schedule(
             stages if kind.stages > 1 else stages[0],
@@ -237,6 +243,15 @@ class Training:
         self.history: list[Any] = []
         self.records: list[dict[str, Any]] = []
         self.witnesses: dict[int, Witness] = {}
+
+    def shapes(self, index: int) -> dict[str, Tensor]:
+        """What a stage takes and gives, where the schedule is not to find out."""
+        between = torch.zeros(4, LENGTH, WIDTH, requires_grad=True)
+        logits = torch.zeros(4, LENGTH, VOCABULARY, requires_grad=True)
+        return {
+            "input_args": between if index else torch.zeros(4, LENGTH, dtype=torch.int64),
+            "output_args": between if index < self.stages - 1 else logits,
+        }
 
     def part_of_mean(self, logits: Tensor, targets: Tensor) -> Tensor:
         return mean_loss(logits, targets) * tokens_of(targets) / self.total
@@ -332,7 +347,7 @@ class Training:
                 states = seen.states[index]
                 if torch._C._current_graph_task_id() != -1:
                     return
-                if step == 0 and index not in seen.calls:
+                if step == 0 and index not in seen.calls and not self.kind.shaped:
                     seen.calls[index] = -1  # the schedule calls each stage to learn of shapes
                     return
                 if not states:
