@@ -5,13 +5,12 @@ Started by ``test_pipelines.py``: ``python -m tests.pytorch.pipelines_worker FOL
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
