@@ -34,7 +34,8 @@ def test_the_loop_of_a_page_runs_and_its_records_are_drawn(
 
 
 def test_the_pipeline_of_its_page_runs(tmp_path: Path) -> None:
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "docs/pipelining.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/pipelining.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert snippet is not None
     ranks = start_ranks(["-c", snippet[1]], tmp_path, 2)
     codes = [rank.wait(timeout=120) for rank in ranks]
