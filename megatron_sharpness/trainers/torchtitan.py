@@ -145,8 +145,10 @@ class CriticalSharpnessTrainer(Trainer):
         return loss
 
     def pp_forward_backward_step(self, **batch: Any) -> torch.Tensor:
+        loss: torch.Tensor
         if self.sharpness is None or not self.sharpness.armed:
-            return super().pp_forward_backward_step(**batch)
+            loss = super().pp_forward_backward_step(**batch)
+            return loss
         schedule, step = self.pp_schedule, self.pp_schedule.step
 
         def step_and_keep(**given: Any) -> Any:
