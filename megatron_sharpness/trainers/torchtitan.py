@@ -217,7 +217,5 @@ def _refuse_unsupported(config: Any) -> None:
         "the measurement needs; set it": not config.training.disable_cuda_graphs,
         "--parallelism.context_parallel_degree: measuring under context parallelism has not been "
         "tried; set it to 1": config.parallelism.context_parallel_degree > 1,
-        "--parallelism.expert_parallel_degree: measuring under expert parallelism has not been "
-        "tried; set it to 1": config.parallelism.expert_parallel_degree > 1,
     }
     refuse({f"{reason}, or --critical_sharpness.every 0": on for reason, on in reasons.items()})
