@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import ROOT, start_ranks
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "experiments/README.md")),
@@ -31,6 +31,17 @@ def test_the_loop_of_a_page_runs_and_its_records_are_drawn(
     )
     assert f"{measurements} found" in drawn
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_the_pipeline_of_its_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/pipelining.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert snippet is not None
+    ranks = start_ranks(["-c", snippet[1]], tmp_path, 2)
+    codes = [rank.wait(timeout=120) for rank in ranks]
+    assert not any(codes), [path.read_text()[-2000:] for path in tmp_path.glob("output*.txt")]
+    command = ("-m", "megatron_sharpness.cli", "report", "runs/pipeline", "--out", "curves.png")
+    assert "5 found" in python(tmp_path, *command)
 
 
 def test_the_loop_that_is_verified_holds_its_promises(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.pytorch.losses import Evaluate, LossSum
 from megatron_sharpness.pytorch.parts import PartsOfModel
+from megatron_sharpness.pytorch.pipelines import PipelinedModel, Schedule, model_of
 from megatron_sharpness.pytorch.step import ObservedStep
 from megatron_sharpness.pytorch.support import (
     inner_optimizer,
@@ -47,7 +48,8 @@ class CriticalSharpness:
 
     Args:
         model: as it is called in the training step: the module itself, or what DDP, ``fully_shard``
-            or ``torch.compile`` made of it.
+            or ``torch.compile`` made of it; or the schedule of ``torch.distributed.pipelining``
+            that calls this rank's stages.
         optimizer: one optimizer, or all that step parameters of the model.
         every: measure after the steps that this number divides; 0 is off.
         sinks: where records go. They are written on rank 0 alone.
@@ -72,7 +74,7 @@ class CriticalSharpness:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Schedule,
         optimizer: Optimizer | Sequence[Optimizer],
         every: int = 100,
         sinks: Sequence[Sink] = (),
@@ -86,8 +88,8 @@ class CriticalSharpness:
     ) -> None:
         optimizers = [inner_optimizer(entry) for entry in optimizers_in(optimizer)]
         self._settings = Settings.of(self, every=every, **settings)
-        refuse_unsupported(model, optimizers, mode=mode, offload=offload)
-        self._model = model
+        self._model = model_of(model)
+        refuse_unsupported(self._model, optimizers, mode=mode, offload=offload)
         self._optimizers = optimizers
         self._losses = losses_by_name(losses or {})
         check_sinks(sinks)
@@ -105,13 +107,17 @@ class CriticalSharpness:
         self._warn: Callable[[str], object] = warnings.warn if writes else lambda message: None
         self._meter = Meter(self._settings, sinks if writes else (), self._warn)
         parts = self._settings.parts
-        self._parts = None if parts is None else PartsOfModel(parts, model, optimizers)
+        self._parts = None if parts is None else PartsOfModel(parts, self._model, optimizers)
         self._previous: int | None = None
         self._stride = 1
         self._told = False
         self._said: set[str | None] = set()
         # The number of the first step is not known before it is over.
-        self._observed = self._observe() if every or frozen is not None else None
+        self._observed = None
+        if every or frozen is not None:
+            if isinstance(self._model, PipelinedModel):
+                self._model.attach()
+            self._observed = self._observe()
 
     @property
     def armed(self) -> bool:
@@ -205,6 +211,8 @@ class CriticalSharpness:
         if self._observed is not None:
             self._observed.release()
             self._observed = None
+        if isinstance(self._model, PipelinedModel):
+            self._model.detach()
         sinks, self._meter.sinks = self._meter.sinks, ()
         if self._frozen is None:
             log_verdict(sinks)

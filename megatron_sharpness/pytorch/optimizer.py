@@ -43,6 +43,7 @@ class ObservedOptimizer:
             in.
         offload: keep the copies in host memory.
         parts: of the model.
+        first_rank: the lowest of the ranks that hold the same part of the model.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class ObservedOptimizer:
         *,
         offload: bool,
         parts: PartsOfModel | None = None,
+        first_rank: int = 0,
     ) -> None:
         self.optimizer = optimizer
-        self.shards = shards_of(optimizer)
+        self.shards = shards_of(optimizer, first_rank)
         self._read_in = read_in
         self.steps = self.idle = 0
         self.error: Exception | None = None

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.parts import Weight, parts_of, tag_of
 from megatron_sharpness.core.replay import of_all_ranks
+from megatron_sharpness.pytorch.pipelines import PipelinedModel
 from megatron_sharpness.pytorch.shards import deepspeed
 
 #: What wrappers of a model put into the names of its parameters.
@@ -57,7 +58,9 @@ class PartsOfModel:
 
 def _weights(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, Weight]:
     """Name and group of each parameter that trains, by its id."""
-    names = {id(parameter): _unwrapped(name) for name, parameter in model.named_parameters()}
+    models = model if isinstance(model, PipelinedModel) else [model]
+    named = [entry for one in models for entry in one.named_parameters()]
+    names = {id(parameter): _unwrapped(name) for name, parameter in named}
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     kinds = Counter(type(optimizer).__name__ for optimizer, _ in groups)
     numbers: Counter[str] = Counter()

@@ -39,6 +39,7 @@ from megatron_sharpness.pytorch.passes import (
     collective_device,
     state_of,
 )
+from megatron_sharpness.pytorch.pipelines import PipelinedModel
 from megatron_sharpness.pytorch.shards import OF_PASSES, local
 
 
@@ -59,6 +60,15 @@ NOT_CALLED = (
     "(a loss scaler skips steps whose gradients overflow)"
 )
 NOT_MOVED = "optimizer.step() has left all weights as they were"
+
+#: Relative difference up to which the ranks' norms are one that was rounded.
+SAME_NORM = 1e-3
+
+#: Why a clipped step was not measured.
+OTHER_NORM = (
+    "grad_norm is not the same on all ranks, as of the parameters that each rank holds: gradients "
+    "are to be clipped by the norm of all of them, and that is to be given"
+)
 
 
 class ObservedStep:
@@ -91,7 +101,13 @@ class ObservedStep:
         self._keep = keep
         self._passes = RecordedPasses(model, keep, lambda: self._is_over)
         self._optimizers = [
-            ObservedOptimizer(entry, lambda: self._passes.read_in, offload=offload, parts=parts)
+            ObservedOptimizer(
+                entry,
+                lambda: self._passes.read_in,
+                offload=offload,
+                parts=parts,
+                first_rank=model.first_rank if isinstance(model, PipelinedModel) else 0,
+            )
             for entry in optimizers
         ]
         self._parts = parts.names if parts else ()
@@ -263,7 +279,7 @@ class ObservedStep:
             return found
 
         try:
-            with self._passes.undisturbed():
+            with self._passes.undisturbed(), self._schedule_kept():
                 yield loss_at, losses_at
         finally:
             if moved:
@@ -279,13 +295,20 @@ class ObservedStep:
         if watch is not None:
             self.changes = watch.changes(collective_device())
 
+    def _schedule_kept(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self._model, PipelinedModel):
+            return self._model.forward_only()
+        return contextlib.nullcontext()
+
     def _everything(self) -> dict[str, object]:
         """What training reads later."""
+        model = self._model
         optimizers = [o for s in self._optimizers for o in (s.optimizer, *s.shards.inside())]
         names = [f"optimizer {i}" if i else "optimizer" for i in range(len(optimizers))]
         shards = [shard for seen in self._optimizers for shard in seen.shards.shards()]
         return {
-            "model": self._model,
+            "model": model,
+            **(model.called_by_schedule() if isinstance(model, PipelinedModel) else {}),
             "read by its forward passes": [s.model for s in shards if not s.aliased],
             **dict(zip(names, optimizers, strict=True)),
             **self._keep,
@@ -317,8 +340,13 @@ class ObservedStep:
         rates = [(seen.lr, seen.weight_decay) for seen in stepped] or [
             largest_rates(seen.shards.groups()) for seen in self._optimizers
         ]
+        norm = 0.0
+        if grad_norm is not None and not 0.0 < (norm := float(whole(grad_norm))) < math.inf:
+            norm = 0.0
         flags = torch.tensor(
             [
+                norm,
+                -norm,
                 error is not None,
                 not stepped,
                 self._passes.coarse,
@@ -328,7 +356,7 @@ class ObservedStep:
             ],
             dtype=torch.float64,
         )
-        failed, skipped, coarse, self._ambiguous, no_slope, lr, decay = all_max(
+        norm, lowest, failed, skipped, coarse, self._ambiguous, no_slope, lr, decay = all_max(
             flags, collective_device()
         ).tolist()
         seen = Step(
@@ -352,9 +380,9 @@ class ObservedStep:
         # A fused optimizer under loss scaling decides on the device whether it steps.
         if products[0].squared_update == 0.0:
             return dataclasses.replace(seen, skipped=NOT_MOVED)
-        clip = 1.0
-        if grad_norm is not None and 0.0 < (norm := float(whole(grad_norm))) < math.inf:
-            clip = math.sqrt(products[0].squared_gradient) / norm
+        if norm > -lowest * (1.0 + SAME_NORM):
+            return dataclasses.replace(seen, failed=OTHER_NORM)
+        clip = math.sqrt(products[0].squared_gradient) / norm if norm else 1.0
         try:
             training_loss = training_loss_of(loss) if trained else None
         except ProbeError as caught:

@@ -16,6 +16,7 @@ from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.trial import Trial
 from megatron_sharpness.pytorch.critical_sharpness import CriticalSharpness
 from megatron_sharpness.pytorch.losses import Evaluate
+from megatron_sharpness.pytorch.pipelines import Schedule
 from megatron_sharpness.pytorch.shards import OF_PASSES, shards_of
 from megatron_sharpness.sinks import JsonLinesSink
 
@@ -37,7 +38,7 @@ class TrialSharpness(CriticalSharpness):
     def __init__(
         self,
         trial: Trial,
-        model: nn.Module,
+        model: nn.Module | Schedule,
         optimizer: Optimizer | Sequence[Optimizer],
         every: int = 100,
         sinks: Sequence[Any] = (),

@@ -93,14 +93,14 @@ class CriticalSharpnessTrainer(Trainer):
             _refuse_unsupported(config)
         super().__init__(config)
         self.sharpness: CriticalSharpness | None = None
-        self._passes: list[tuple[Any, ...]] = []
+        self._passes: list[Any] = []  # what they were called with
         self._losses: list[torch.Tensor] = []
         self._grad_norm: torch.Tensor | None = None
         if not config.critical_sharpness.every:
             return
         log = os.path.join(config.dump_folder, "critical_sharpness.jsonl")
         self.sharpness = CriticalSharpness(
-            self.model_parts[0],
+            self.pp_schedule if self.parallel_dims.pp_enabled else self.model_parts[0],
             self.optimizers.optimizers,
             sinks=[ConsoleSink(logger.info), JsonLinesSink(log)],
             **asdict(config.critical_sharpness),
@@ -144,6 +144,25 @@ class CriticalSharpnessTrainer(Trainer):
             self._losses.append(loss.detach())
         return loss
 
+    def pp_forward_backward_step(self, **batch: Any) -> torch.Tensor:
+        loss: torch.Tensor
+        if self.sharpness is None or not self.sharpness.armed:
+            loss = super().pp_forward_backward_step(**batch)
+            return loss
+        schedule, step = self.pp_schedule, self.pp_schedule.step
+
+        def step_and_keep(**given: Any) -> Any:
+            self._passes.append(given)
+            return step(**given)
+
+        schedule.step = step_and_keep
+        try:
+            loss = super().pp_forward_backward_step(**batch)
+        finally:
+            del schedule.step
+        self._losses.append(loss.detach() if self.pp_has_last_stage else torch.zeros(()))
+        return loss
+
     @contextlib.contextmanager
     def _keeping_grad_norm(self) -> Iterator[None]:
         """``train_step`` hands the norm on at steps that are logged only."""
@@ -160,8 +179,10 @@ class CriticalSharpnessTrainer(Trainer):
             dist_utils.clip_grad_norm_ = clip_grad_norm
 
     def _loss_sum_and_tokens(self) -> tuple[float, float]:
-        """The first half of ``_forward_backward_body``, for the micro-batches of the step."""
-        losses = []
+        """The forward passes of the step's micro-batches once more."""
+        if self.parallel_dims.pp_enabled:
+            return self._pipelined_loss_sum_and_tokens()
+        losses = []  # as in the first half of _forward_backward_body
         for inputs, labels, global_valid_tokens, extra_kwargs in self._passes:
             with self.train_context():
                 predictions = self.model_parts[0](inputs, **extra_kwargs)
@@ -170,13 +191,23 @@ class CriticalSharpnessTrainer(Trainer):
             losses.append(loss)
         return self._summed(losses)
 
+    def _pipelined_loss_sum_and_tokens(self) -> tuple[float, float]:
+        losses: list[torch.Tensor] = []
+        for given in self._passes:
+            found: list[torch.Tensor] | None = None if given["losses"] is None else []
+            with self.train_context():
+                self.pp_schedule.eval(**{**given, "losses": found})
+            losses += found or []
+        return self._summed(losses)
+
     def _summed(self, losses: list[torch.Tensor]) -> tuple[float, float]:
         """This rank's part of the sum of losses, and of the tokens by which they were divided."""
-        tokens = float(self._passes[0][2])
+        dims, first = self.parallel_dims, self._passes[0]
+        pipelined = dims.pp_enabled
+        tokens = float(first["loss_kwargs"]["global_valid_tokens"] if pipelined else first[2])
         loss = sum(dist_utils.dist_sum(part) for part in losses) * tokens
-        dims = self.parallel_dims
         # Tensor-parallel ranks have the same loss, and each of them is added.
-        ranks = dims.dp_replicate * dims.dp_shard * dims.cp
+        ranks = dims.dp_replicate * dims.dp_shard * dims.cp * dims.pp
         return loss * ranks / dims.world_size, tokens / dims.world_size
 
 
@@ -184,11 +215,7 @@ def _refuse_unsupported(config: Any) -> None:
     reasons = {
         "--training.disable_cuda_graphs is not set: a replayed CUDA graph runs no hooks, which "
         "the measurement needs; set it": not config.training.disable_cuda_graphs,
-        "--parallelism.pipeline_parallel_degree: the passes of a pipeline schedule have not been "
-        "made to replay; set it to 1": config.parallelism.pipeline_parallel_degree > 1,
         "--parallelism.context_parallel_degree: measuring under context parallelism has not been "
         "tried; set it to 1": config.parallelism.context_parallel_degree > 1,
-        "--parallelism.expert_parallel_degree: measuring under expert parallelism has not been "
-        "tried; set it to 1": config.parallelism.expert_parallel_degree > 1,
     }
     refuse({f"{reason}, or --critical_sharpness.every 0": on for reason, on in reasons.items()})

@@ -7,6 +7,7 @@ Started by ``test_torchtitan.py``, one process a rank:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from . import torchtitan_cpu  # noqa: F401  isort: skip
 
@@ -34,7 +36,9 @@ from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.config.configs import DebugConfig
+from torchtitan.models import qwen3
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
+from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.llama3 import model_registry
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -99,9 +103,16 @@ class Data(BaseDataLoader):
         self.batches = state_dict["batches"]
 
 
-def model_spec(dropout: float) -> Any:
-    spec = model_registry("debugmodel")
-    spec.model.layers = spec.model.layers[:2]
+def model_spec(dropout: float, layers: int, experts: bool) -> Any:
+    spec = qwen3.model_registry("debugmodel_moe") if experts else model_registry("debugmodel")
+    spec.model.layers = spec.model.layers[:layers]
+    if experts:
+        spec.model.layers = qwen3._build_qwen3_moe_layers(
+            fuse_qkv=True, n_layers=layers, dim=256, n_heads=4, n_kv_heads=2, head_dim=64,
+            moe_hidden_dim=32, num_experts=4, top_k=2, attn_backend="flex",
+            rope=CosSinRoPE.Config(dim=64, max_seq_len=4096, theta=1e6),
+            moe_comm_backend="standard",
+        )  # fmt: skip
     for _, _, parent, name in list(spec.model.traverse(FlexAttention.Config)):
         setattr(parent, name, ScaledDotProductAttention.Config())  # flex has no backward here
     parallelize = spec.parallelize_fn
@@ -123,12 +134,19 @@ def model_spec(dropout: float) -> Any:
 
 
 def configure(
-    folder: Path, *, every: int, chunked: bool = False, dropout: float = 0.1, **sections: Any
+    folder: Path,
+    *,
+    every: int,
+    chunked: bool = False,
+    dropout: float = 0.1,
+    layers: int = 2,
+    experts: bool = False,
+    **sections: Any,
 ) -> Any:
     loss = CrossEntropyLoss.Config(global_vocab_size=VOCABULARY)
     kind = CriticalSharpnessTrainer.Config if every >= 0 else Trainer.Config
     config = kind(
-        model_spec=model_spec(dropout),
+        model_spec=model_spec(dropout, layers, experts),
         loss=ChunkedLossWrapper.Config(num_chunks=4, loss_fn=loss) if chunked else loss,
         dump_folder=str(folder),
         tokenizer=Tokenizer.Config(),
@@ -160,95 +178,123 @@ class Witness:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.steps = trainer, {}
-        self.model = trainer.model_parts[0]
-        self.model.register_forward_pre_hook(self.forward, with_kwargs=True)
-        (optimizer,) = trainer.optimizers.optimizers
-        optimizer.register_step_pre_hook(self.before)
-        optimizer.register_step_post_hook(self.after)
-        self.states: list[Tensor] = []
+        self.states: dict[str, list[Tensor]] = {}
+        for part in trainer.model_parts:
+            for name, layer in part.layers.items():
+                layer.register_forward_pre_hook(functools.partial(self.forward, name))
+        optimizers = trainer.optimizers.optimizers
+        optimizers[0].register_step_pre_hook(self.before)
+        optimizers[-1].register_step_post_hook(self.after)
 
-    def forward(self, *_: Any) -> None:
-        if torch.is_grad_enabled():
-            self.states.append(torch.get_rng_state())
+    def forward(self, layer: str, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            if not self.states:
+                parts = self.trainer.model_parts
+                self.buffers = {n: b.clone() for p in parts for n, b in p.named_buffers()}
+            self.states.setdefault(layer, []).append(torch.get_rng_state())
 
     def before(self, optimizer: Any, *_: Any) -> None:
         if self.states:  # not the step that makes the optimizer's state for a checkpoint
             self.steps[self.trainer.step] = {
-                "before": whole(self.model),
+                "before": whole(self.trainer.model_parts),
                 "lr": optimizer.param_groups[0]["lr"],
                 "random": self.states,
+                "buffers": self.buffers,
             }
-            self.states = []
+            self.states = {}
 
     def after(self, *_: Any) -> None:
         if self.trainer.step in self.steps:
-            self.steps[self.trainer.step]["after"] = whole(self.model)
+            self.steps[self.trainer.step]["after"] = whole(self.trainer.model_parts)
 
 
-def whole(model: nn.Module) -> dict[str, Tensor]:
+def whole(parts: list[nn.Module]) -> dict[str, Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
+        for part in parts
+        for name, p in part.named_parameters()
     }
 
 
-def losses_anew(trainer: Any, step: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
+def of_all_stages(step: dict[str, Any]) -> dict[str, Any]:
+    """A step as all stages of a pipeline have seen it."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, step)
+    parts = ("before", "after", "random", "buffers")
+    return step | {part: {k: v for rank in ranks for k, v in rank[part].items()} for part in parts}
+
+
+def losses_anew(
+    trainer: Any, step: dict[str, Any], record: dict[str, Any], dropout: float
+) -> dict[str, float]:
     """L(θ), L(lower), L(upper) and ⟨g, Δθ⟩, from the definitions."""
     torch.set_default_dtype(torch.float32)
+    step = of_all_stages(step) if trainer.parallel_dims.pp_enabled else step
     model = trainer.model_config.build().train()
     model.load_state_dict(step["before"], strict=False)
     model.init_states(buffer_device=torch.device("cpu"))
-    for layer in model.layers.values():
-        layer.register_forward_hook(lambda _, __, output: F.dropout(output, 0.1))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(step["buffers"][name])
+    passes = 0
+    for name, layer in model.layers.items():
+        states = step["random"][name]
+        layer.register_forward_pre_hook(
+            lambda *_, states=states: torch.set_rng_state(states[passes])
+        )
+        layer.register_forward_hook(lambda _, __, output: F.dropout(output, dropout))
     update = {
         name: (start - step["after"][name]) / step["lr"] for name, start in step["before"].items()
     }
     data = trainer.dataloader
-    again = Data(Data.Config(), dp_world_size=data.ranks, dp_rank=data.rank, local_batch_size=2)
-    again.batches = (record["iteration"] - 1) * len(step["random"])
+    again = Data(
+        Data.Config(), dp_world_size=data.ranks, dp_rank=data.rank, local_batch_size=data.size
+    )
+    count = len(step["random"]["0"])
+    again.batches = (record["iteration"] - 1) * count
     iterator = iter(again)
-    batches = [next(iterator) for _ in step["random"]]
-    (tokens,) = reduced([float(sum(int(labels.ne(-100).sum()) for _, labels in batches))])
+    batches = [next(iterator) for _ in range(count)]
+    tokens = reduced(float(sum(int(labels.ne(-100).sum()) for _, labels in batches)), data.ranks)
 
     def loss(eta: float, backward: bool = False) -> float:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(step["before"][name] - eta * update[name])
+        nonlocal passes
         total = 0.0
-        for (inputs, labels), state in zip(batches, step["random"], strict=True):
-            torch.set_rng_state(state)
+        for passes, (inputs, labels) in enumerate(batches):  # noqa: B007
             logits = model(inputs["input"], positions=inputs["positions"]).float()
             part = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
             if backward:
                 part.backward()
             total += part.item()
-        return reduced([total])[0] / tokens
+        return reduced(total, data.ranks) / tokens
 
     saved = torch.get_rng_state()
     anew = {"loss": loss(0.0, backward=True), "tokens": tokens}
     slope = sum(float((p.grad * update[name]).sum()) for name, p in model.named_parameters())
-    anew["slope"] = reduced([slope])[0] / tokens
+    anew["slope"] = reduced(slope, data.ranks) / tokens
     for end in ("lower", "upper"):
         anew[end] = loss(record[f"critical_lr_{end}"])
     torch.set_rng_state(saved)
     return anew
 
 
-def reduced(values: list[float]) -> list[float]:
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return sums.tolist()
+def reduced(value: float, ranks: int) -> float:
+    """The sum over data-parallel ranks; all others compute the same here."""
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() * ranks / dist.get_world_size()
 
 
 def digest(trainer: Any) -> dict[str, str]:
     """Hashes of what training ends with, on this rank."""
-
-    model = trainer.model_parts[0]
-    (optimizer,) = trainer.optimizers.optimizers
+    parts, optimizers = trainer.model_parts, trainer.optimizers.optimizers
     return {
-        "parameters": hash_of(model.parameters()),
-        "buffers": hash_of(model.buffers()),
-        "optimizer": hash_of(v for state in optimizer.state.values() for v in state.values()),
+        "parameters": hash_of(p for part in parts for p in part.parameters()),
+        "buffers": hash_of(b for part in parts for b in part.buffers()),
+        "optimizer": hash_of(
+            v for entry in optimizers for state in entry.state.values() for v in state.values()
+        ),
         "random": random_states(),
         "trainer": str(trainer.state_dict()),
     }
@@ -257,6 +303,8 @@ def digest(trainer: Any) -> dict[str, str]:
 def run(folder: Path, name: str, *, witness: bool = False, **options: Any) -> dict[str, Any]:
     random.seed(1)
     np.random.seed(1)
+    # In it are meshes of the run before, which equal this one's, and are not the same objects.
+    _clear_sharding_prop_cache()
     config = configure(folder / name, **options)
     trainer = config.build()
     seen = Witness(trainer) if witness else None
@@ -270,7 +318,10 @@ def run(folder: Path, name: str, *, witness: bool = False, **options: Any) -> di
         [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     )
     if seen is not None:
-        result["anew"] = [losses_anew(trainer, seen.steps[r["iteration"]], r) for r in records]
+        result["anew"] = [
+            losses_anew(trainer, seen.steps[r["iteration"]], r, options.get("dropout", 0.1))
+            for r in records
+        ]
     lines = lines_of(logger.name)
     trainer.close()
     result["verdict"] = [line for line in lines if "verdict" in line]
@@ -293,7 +344,6 @@ def refusals(folder: Path) -> list[str]:
     reasons = []
     for section, field, value in (
         ("training", "disable_cuda_graphs", False),
-        ("parallelism", "pipeline_parallel_degree", 2),
         ("parallelism", "context_parallel_degree", 2),
     ):
         config = configure(folder, every=2)

@@ -25,12 +25,17 @@ __all__ = ["OF_PASSES", "FullyShardedModules", "Tensors", "local", "shards_of"]
 OF_PASSES = (*megatron_fsdp.GATHERED, *deepspeed.NOTED)
 
 
-def shards_of(optimizer: Any) -> Tensors:
-    """Those of an optimizer, whichever way they are sharded."""
+def shards_of(optimizer: Any, first_rank: int = 0) -> Tensors:
+    """Those of an optimizer, whichever way they are sharded.
+
+    Args:
+        optimizer: PyTorch's, one like it, or a DeepSpeed engine's.
+        first_rank: the lowest of the ranks that hold the same part of the model.
+    """
     if deepspeed.owns(optimizer):
-        return deepspeed.shards_of(optimizer)
+        return deepspeed.shards_of(optimizer, first_rank)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
-        return ZeroShards(optimizer)
+        return ZeroShards(optimizer, first_rank)
     if any(map(megatron_fsdp.owns, trained(optimizer))):
-        return MegatronFSDPShards(optimizer)
-    return Tensors(optimizer)
+        return MegatronFSDPShards(optimizer, first_rank)
+    return Tensors(optimizer, first_rank)

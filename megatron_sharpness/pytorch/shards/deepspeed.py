@@ -24,11 +24,7 @@ NOTED = ("_external_params", "ds_recompute_parameters")
 
 
 class DeepSpeedShards(Tensors):
-    """What the optimizer that ``deepspeed.initialize`` returns holds, where it is around another.
-
-    Args:
-        optimizer: of the engine.
-    """
+    """Those of the optimizer that ``deepspeed.initialize`` returns, where it is around another."""
 
     #: Whether each rank steps a part of the weights, and not all of them as every other does.
     partitioned = True
@@ -41,7 +37,7 @@ class DeepSpeedShards(Tensors):
         return [main for main, _ in self.pairs()]
 
     def shards(self) -> list[Shard]:
-        counted = self.partitioned or not dist.is_initialized() or dist.get_rank() == 0
+        counted = self.partitioned or dist.get_rank() == self.first_rank
         return [
             Shard(main=main.detach(), model=model.detach(), counted=counted)
             for main, model in self.pairs()
@@ -52,7 +48,9 @@ class DeepSpeedShards(Tensors):
         return list(self.optimizer.optimizer.param_groups)
 
     def inside(self) -> list[Optimizer]:
-        return [self.optimizer.optimizer]
+        # ZeRO 3 that offloads a part has a second one, for what stays on the device.
+        both = [self.optimizer.optimizer, getattr(self.optimizer, "backup_optimizer", None)]
+        return [inner for inner in both if inner is not None]
 
     def gradients(self) -> list[Tensor | None]:
         return []
@@ -189,7 +187,7 @@ def _derives(value: object, module: str, name: str) -> bool:
     return any((base.__module__, base.__name__) == (module, name) for base in bases)
 
 
-def shards_of(optimizer: Any) -> DeepSpeedShards:
+def shards_of(optimizer: Any, first_rank: int) -> DeepSpeedShards:
     """Those of an engine's optimizer.
 
     Raises:
@@ -201,7 +199,7 @@ def shards_of(optimizer: Any) -> DeepSpeedShards:
             f"optimizer: {name} of DeepSpeed has not been made to work; train with ZeRO 0, 1, 2 or "
             "3, without ZenFlow, SuperOffload and MiCS"
         )
-    return _KINDS[name](optimizer)
+    return _KINDS[name](optimizer, first_rank)
 
 
 def refuse_engine(engine: Any) -> None:

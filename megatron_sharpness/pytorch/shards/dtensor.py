@@ -15,17 +15,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def holds_first_copy(parameter: Tensor) -> bool:
-    """Whether, of the equal copies that several ranks hold, this rank's is the one to count."""
+def holds_first_copy(parameter: Tensor, first_rank: int) -> bool:
+    """Whether, of the equal copies that several ranks hold, this rank's is the one to count.
+
+    Args:
+        parameter: whole, or a DTensor.
+        first_rank: the lowest of the ranks that hold it.
+    """
     if not dist.is_initialized():
         return True
     if not isinstance(parameter, DTensor):
-        return dist.get_rank() == 0
+        return dist.get_rank() == first_rank
     mesh = parameter.device_mesh
     coordinate = mesh.get_coordinate()
     return (
         coordinate is not None
-        and bool((mesh.mesh == 0).any())  # outside of the mesh of rank 0 there are copies only
+        and bool((mesh.mesh == first_rank).any())  # outside of its mesh there are copies only
         and not any(
             index
             for index, placement in zip(coordinate, parameter.placements, strict=True)

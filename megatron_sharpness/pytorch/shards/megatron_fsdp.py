@@ -33,8 +33,8 @@ class MegatronFSDPShards(Tensors):
         InputError: the model is sharded in a way that cannot be measured.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: Any, first_rank: int) -> None:
+        super().__init__(optimizer, first_rank)
         self._modules = list(dict.fromkeys(map(module_of, filter(owns, self.parameters()))))
         for module in self._modules:
             _refuse_unsupported(module)

@@ -19,10 +19,12 @@ class Tensors:
 
     Args:
         optimizer: PyTorch's, or one like it.
+        first_rank: the lowest of the ranks that hold the same part of the model.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, first_rank: int) -> None:
         self.optimizer = optimizer
+        self.first_rank = first_rank
 
     def parameters(self) -> list[Tensor]:
         """Those that train, in the optimizer's order."""
@@ -68,7 +70,7 @@ class Tensors:
 
     def is_counted(self, parameter: Tensor) -> bool:
         """Whether, of the equal copies that several ranks hold, this rank's is the one to count."""
-        return holds_first_copy(parameter)
+        return holds_first_copy(parameter, self.first_rank)
 
     def settle(self) -> None:
         """Wait for what a forward pass has left under way, before anything is written."""

@@ -14,8 +14,8 @@ from megatron_sharpness.pytorch.shards.tensors import Tensors, trained
 class ZeroShards(Tensors):
     """Those that ``optimizer.optim`` steps on this rank."""
 
-    def __init__(self, optimizer: ZeroRedundancyOptimizer) -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: ZeroRedundancyOptimizer, first_rank: int) -> None:
+        super().__init__(optimizer, first_rank)
         self._group = optimizer.process_group
         self._broadcasts: list[tuple[Tensor, int]] | None = None
 
@@ -23,7 +23,7 @@ class ZeroShards(Tensors):
         return trained(self.optimizer.optim)
 
     def is_counted(self, parameter: Tensor) -> bool:
-        return 0 in dist.get_process_group_ranks(self._group)
+        return self.first_rank in dist.get_process_group_ranks(self._group)
 
     def sync(self) -> None:
         if self._broadcasts is None:

@@ -1,0 +1,113 @@
+"""Pipeline parallelism: the stages that this rank holds, called by a schedule of PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.replay import of_all_ranks
+from megatron_sharpness.core.state import State
+
+#: The schedules of ``torch.distributed.pipelining``: GPipe, 1F1B, interleaved, zero bubble, …
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+#: Where a schedule notes that its stages are set up for backward passes, too.
+_SET_UP = ("_stage_backward_initialized", "_stages_backward_initialized")
+
+
+def model_of(given: Any) -> nn.Module:
+    """A module as it is, or the stages of a schedule. Collective there.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(given, nn.Module):
+        return given
+    if isinstance(given, (PipelineScheduleSingle, PipelineScheduleMulti)):
+        return PipelinedModel(given)
+    raise InputError(
+        f"model: {type(given).__name__} is no torch.nn.Module, whose passes can be observed; give "
+        "the model as the loop calls it, which under pipeline parallelism is the schedule"
+    )
+
+
+class PipelinedModel(nn.ModuleList):
+    """The stages that this rank holds as one model. Its calls are those of a stage with a
+    micro-batch, which a rank makes in the same order where the schedule steps and where it
+    evaluates. Collective.
+
+    What a schedule calls its stages for in its first step, to learn of which shape their outputs
+    are, is no pass of a micro-batch.
+
+    Attributes:
+        first_rank: the lowest of the ranks that hold the same stages.
+
+    Args:
+        schedule: as the loop calls it.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        stages: list[Any]
+        if isinstance(schedule, PipelineScheduleSingle):
+            stages = [schedule._stage]
+        else:
+            stages = list(schedule._stages)
+        super().__init__(stage.submod for stage in stages)
+        self._schedule, self._stages = schedule, stages
+        self._watched: list[tuple[Any, Any]] = []
+        held = of_all_ranks(sorted(stage.stage_index for stage in stages))
+        self.first_rank: int = held.index(held[dist.get_rank()])
+
+    def called_by_schedule(self) -> dict[str, object]:
+        """The schedule and its stages, which keep between two steps how they are set up."""
+        stages = {f"stage {stage.stage_index}": stage for stage in self._stages}
+        return {"schedule": self._schedule, **stages}
+
+    def attach(self) -> None:
+        """Have the schedule call its stages through this."""
+        for stage in self._stages:
+            call = functools.partial(self._call, stage, stage.forward_one_chunk)
+            self._watched.append((stage, vars(stage).get("forward_one_chunk")))
+            stage.forward_one_chunk = call
+
+    def detach(self) -> None:
+        """Have the schedule call its stages itself."""
+        while self._watched:
+            stage, held = self._watched.pop()
+            del stage.forward_one_chunk
+            if held is not None:
+                stage.forward_one_chunk = held
+
+    @contextlib.contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """Within it the schedule can evaluate, and leaves gradients alone; in the end it is set up
+        as it was."""
+        # What they keep are activations and outputs, which are many and are not written to.
+        state = State(
+            self.called_by_schedule(), copied=lambda tensor: False, without=list(self.modules())
+        )
+        # After an evaluation it would divide gradients by the number of micro-batches once more,
+        self._schedule.scale_grads = False
+        for name in _SET_UP:  # and set up its stages, with a pass of each, for this and then anew.
+            if hasattr(self._schedule, name):
+                setattr(self._schedule, name, False)
+        for stage in self._stages:  # Of two stages in a row it would hand gradients on.
+            stage.get_local_bwd_output = stage.set_local_bwd_input = lambda *_: None
+        try:
+            yield
+        finally:
+            state.restore()
+
+    def forward(self, forward_one_chunk: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return forward_one_chunk(*args, **kwargs)
+
+    def _call(self, stage: Any, *args: Any, **kwargs: Any) -> Any:
+        self.training = stage.submod.training
+        return self(*args, **kwargs)
