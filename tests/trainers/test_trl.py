@@ -60,3 +60,15 @@ def test_the_first_step_moves_what_begins_at_zero_alone(alone: list[dict[str, An
     for kind in ("lora", "4 bits"):
         moved = alone[0]["loop"][kind]["on"]["moved"]
         assert len(moved) == 14 and all("lora_B" in name for name in moved)
+
+
+def test_it_is_not_of_the_merged_weights(alone: list[dict[str, Any]]) -> None:
+    """The same product of other factors has the same loss, and another critical learning rate."""
+    ((loss, lr),), ((other_loss, other_lr),) = alone[0]["factored"]
+    assert other_loss == pytest.approx(loss, rel=1e-9)
+    assert other_lr < 0.7 * lr
+
+
+def test_the_script_of_the_page_runs(alone: list[dict[str, Any]]) -> None:
+    records = [(record["iteration"], record["status"]) for record in alone[0]["page"]]
+    assert records == [(5, "found"), (10, "found"), (15, "found"), (20, "found")]

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.trainers.hf import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
+from tests.processes import ROOT
 from tests.trainers.hf_worker import CONFIG, Records, dataset, digest, summed
 
 STEPS, BETA = 4, 0.5
@@ -394,6 +396,36 @@ TRAININGS: dict[str, Any] = {
 RESUMED = ("LoRA", "SFT", "DPO, LoRA")
 
 
+def factored(scale: float) -> list[tuple[float, float]]:
+    """The losses and critical learning rates of BA, where A is so much larger and B smaller."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(32, 8), torch.randn(32, 8)
+    model = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+        model[1].weight.div_(scale)
+    optimizer, records = torch.optim.SGD(model.parameters(), lr=1e-3), Records()
+
+    def loss_sum_and_tokens() -> tuple[Tensor, int]:
+        return F.mse_loss(model(inputs.double()), targets.double(), reduction="sum"), len(inputs)
+
+    sharpness = CriticalSharpness(model, optimizer, every=1, sinks=[records])
+    loss, tokens = loss_sum_and_tokens()
+    (loss / tokens).backward()
+    optimizer.step()
+    sharpness.after_step(1, loss_sum_and_tokens, loss=(loss.detach(), tokens))
+    return [(record.loss, record.critical_lr) for record in records]
+
+
+def run_page() -> list[dict[str, Any]]:
+    """The records of what docs/peft_trl.md begins with, in this folder."""
+    text = (ROOT / "docs" / "peft_trl.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert snippet is not None
+    exec(snippet[1], {"__name__": "__main__"})
+    return [json.loads(line) for line in Path("critical_sharpness.jsonl").read_text().splitlines()]
+
+
 def main(folder: Path) -> None:
     runs = Runs(folder)
     results: dict[str, Any] = {"loop": {}, "trainers": {}}
@@ -408,6 +440,8 @@ def main(folder: Path) -> None:
         }
         if name in RESUMED:
             results["trainers"][name]["resumed"] = run(f"{name} resumed", every=2, resume=name)
+    results["factored"] = [factored(1.0), factored(4.0)]
+    results["page"] = run_page()
     (folder / "rank0.json").write_text(json.dumps(results))
 
 
