@@ -31,7 +31,7 @@ install_beside() {
 frameworks=(hf) # which launch/fsdp has models of
 if [[ "$chosen" == rare ]]; then
     frameworks=(
-        automodel bridge deepspeed hf lightning megatron-fsdp olmo-core optimizers torchtitan
+        automodel bridge deepspeed hf lightning megatron-fsdp olmo-core optimizers torchtitan trl
     )
     export MEGATRON_CORE_OTHER="$PWD/.venv/megatron-core-$OTHER_MEGATRON_CORE"
     install_beside "$MEGATRON_CORE_OTHER" "megatron-core==$OTHER_MEGATRON_CORE"

@@ -38,8 +38,8 @@ SCRATCH = {"input_tensor", "_fp8_workspaces"}
 _CLOSED = (sys.stdlib_module_names - {"queue"}) | {
     "torch", "numpy", "megatron_sharpness", "megatron", "megatron_fsdp", "transformer_engine",
     "apex", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "lightning",
-    "pytorch_lightning", "lightning_fabric", "olmo_core", "torchtitan", "deepspeed", "tensorboard",
-    "wandb", "tqdm", "pandas", "PIL", "matplotlib",
+    "pytorch_lightning", "lightning_fabric", "olmo_core", "torchtitan", "torchao", "deepspeed",
+    "tensorboard", "wandb", "tqdm", "pandas", "PIL", "matplotlib",
 }  # fmt: skip
 
 #: What reading an attribute may raise where that is code, and no lack of memory.
@@ -162,8 +162,10 @@ class State:
     def _visit_tensor(self, name: str, tensor: Tensor) -> Iterable[tuple[str, object]]:
         is_parameter = isinstance(tensor, nn.Parameter)
         wanted = not is_parameter or self._parameters or id(tensor) in self._roots
+        # A parameter that is quantized may keep there what its module's first pass takes over.
+        inside = [] if self._is_closed(tensor) else [*self._visit_object(name, tensor)]
         if tensor.layout != torch.strided or not wanted:
-            return ()
+            return inside
         name = self._names.get(id(tensor), name)
         with torch.no_grad():
             held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -171,7 +173,7 @@ class State:
             inner, _ = held.__tensor_flatten__()
             return [(f"{name}.{key}", getattr(held, key)) for key in inner]  # such as 8-bit moments
         if held.is_meta or (held.numel() and not held.untyped_storage().nbytes()):
-            return ()  # without memory, or with its memory given back until it is gathered again
+            return inside  # without memory, or it was given back until it is gathered again
         self.tensors[name] = held
         # A tensor in which elements share memory can only have been written through another one.
         writable = not tensor.is_inference() and torch._debug_has_internal_overlap(held) == 0
@@ -180,17 +182,16 @@ class State:
             self._put_back.append(lambda: _write(held, copy))
         # FSDP1 tidies the gradients of its flat parameters up at the begin of each pass.
         if not (is_parameter and self._parameters) or getattr(tensor, "_is_flat_param", False):
-            return ()
+            return inside
         gradient = tensor.grad
         self._put_back.append(lambda: setattr(tensor, "grad", gradient))
-        return [(f"{name}.grad", gradient)]
+        return [(f"{name}.grad", gradient), *inside]
 
     def _visit_object(self, name: str, value: Any) -> Iterable[tuple[str, object]]:
         if isinstance(value, torch.jit.ScriptModule):
             return [(f"{name}.{path}", buffer) for path, buffer in value.named_buffers()]
         if isinstance(value, nn.Module):
             return self._visit_module(name, value)
-        library = type(value).__module__.partition(".")[0]
         if isinstance(value, MethodType):
             return [(f"{name}.__self__", value.__self__)]
         if isinstance(value, FunctionType):
@@ -199,7 +200,7 @@ class State:
             given = {"func": value.func, "args": value.args, "keywords": value.keywords}
             return [(f"{name}.{key}", held) for key, held in given.items()]
         open_to_all = id(value) in self._roots or isinstance(value, SimpleNamespace)
-        if library in self._closed and not open_to_all:
+        if self._is_closed(value) and not open_to_all:
             return ()
         attributes = {key: v for key, v in _attributes(value) if key not in self._ignored}
         own = getattr(value, "__dict__", {})
@@ -210,6 +211,9 @@ class State:
             self._put_back.append(lambda: _put_entries_back(own, held, self._ignored))
         inside = [(f"{name}.{key}", v) for key, v in attributes.items()]
         return [*inside, *self._classes(name, value)]
+
+    def _is_closed(self, value: object) -> bool:
+        return type(value).__module__.partition(".")[0] in self._closed
 
     def _classes(self, name: str, value: object) -> Iterable[tuple[str, object]]:
         """The classes of an object, whose attributes its methods may change, too."""
@@ -244,8 +248,9 @@ class State:
         self.plain[f"{name}.training"] = module.training
         self._keep_container(module._buffers)
         inside: dict[str, object] = {**module._modules, **module._buffers, **attributes}
-        if self._parameters:
-            inside.update(module._parameters)
+        for key, parameter in module._parameters.items():
+            if self._parameters or not self._is_closed(parameter):
+                inside[key] = parameter
         found = [(f"{name}.{key}", v) for key, v in inside.items()]
         return [*found, *self._classes(name, module)]
 

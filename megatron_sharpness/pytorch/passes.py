@@ -247,9 +247,12 @@ class RecordedPasses:
             self._note_type(module)
 
     def _note_type(self, module: nn.Module) -> None:
-        weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        parameters = list(module.parameters(recurse=False))
+        weights = [p for p in parameters if p.is_floating_point()]
         kinds = {p.device.type for p in weights} or {"cpu", collective_device().type}
         types = [p.dtype for p in weights]
+        if len(weights) < len(parameters):  # bitsandbytes' of 4 bits have it, those of 8 do not
+            types.append(getattr(module, "compute_dtype", None) or torch.float16)
         types += [torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)]
         if self.read_in is not None:
             types.append(self.read_in)
@@ -331,9 +334,8 @@ def _eager_owners(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold matrices, but for those in compiled ones: a hook would compile anew."""
     if _is_compiled(module):
         return
-    weights = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
     # Under ZeRO 3 a parameter has its shape in a pass alone.
-    if any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in weights):
+    if any(len(getattr(p, "ds_shape", p.shape)) > 1 for p in module.parameters(recurse=False)):
         yield module
     for child in module.children():
         yield from _eager_owners(child)

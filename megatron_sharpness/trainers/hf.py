@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ except ImportError as error:
 #: those take down a run that goes on from a checkpoint without them (KeyError at its next save),
 #: and are made anew from JSON alone, without trainer and sinks.
 STATE = "critical_sharpness"
+
+#: What clips gradients where some lie on another device mesh than others, in accelerate's place.
+OF_SEVERAL_MESHES = "_mixed_mesh_grad_norm"
 
 #: Attributes of the trainer that no loss changes, and that may hold a whole corpus or grow.
 NOT_CHANGED = {"train_dataset", "eval_dataset", "log_history"}
@@ -124,8 +127,7 @@ class CriticalSharpnessCallback(TrainerCallback):
         self._forget()
         self._before = self._state_of_trainer()
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        compute_loss = trainer.compute_loss
-        clip_grad_norm, backward = accelerator.clip_grad_norm_, accelerator.backward
+        compute_loss, backward = trainer.compute_loss, accelerator.backward
 
         def keep_and_compute(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # A copy, as compute_loss may take the labels out.
@@ -140,14 +142,21 @@ class CriticalSharpnessCallback(TrainerCallback):
             self._returned = None  # and with it the graph
             return backward(loss, *args, **kwargs)
 
-        def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
-            self._grad_norms.append(clip_grad_norm(*args, **kwargs))
-            return self._grad_norms[-1]
+        def clipping_kept(clip_grad_norm: Callable[..., Any]) -> Callable[..., Any]:
+            def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
+                self._grad_norms.append(clip_grad_norm(*args, **kwargs))
+                return self._grad_norms[-1]
+
+            return clip_and_keep
 
         for owner, name, function in (
             (trainer, "compute_loss", keep_and_compute),
             (accelerator, "backward", keep_and_go_backward),
-            (accelerator, "clip_grad_norm_", clip_and_keep),
+            *(
+                (owner, name, clipping_kept(getattr(owner, name)))
+                for owner, name in ((accelerator, "clip_grad_norm_"), (trainer, OF_SEVERAL_MESHES))
+                if hasattr(owner, name)
+            ),
         ):
             self._watching.enter_context(_replaced(owner, name, function))
 
@@ -158,7 +167,7 @@ class CriticalSharpnessCallback(TrainerCallback):
     def _loss_sum_and_tokens(self) -> tuple[Tensor | float, Tensor | float]:
         tokens = self._tokens()  # collective: before anything that one rank alone may raise
         if not self._grad_norms and self.trainer.args.max_grad_norm > 0:
-            raise RuntimeError("the gradients were clipped, and not by accelerator.clip_grad_norm_")
+            raise RuntimeError("the gradients were clipped, and not by the trainer's own function")
         if len(self._calls) != len(self._losses):
             raise RuntimeError(
                 f"the step made {len(self._losses)} calls of accelerator.backward and "
@@ -187,9 +196,10 @@ class CriticalSharpnessCallback(TrainerCallback):
     def _tokens(self) -> float:
         """The number of tokens of the step, of samples where it is not known; a rank's mean."""
         ranks: int = self.trainer.accelerator.num_processes
+        copies: int = self.trainer.get_tp_size()  # ranks that see the same samples
         items = next((kwargs.get("num_items_in_batch") for *_, kwargs in self._calls), None)
         if items is None:
-            count = float(sum(_samples(inputs) for _, inputs, *_ in self._calls))
+            count = sum(_samples(inputs) for _, inputs, *_ in self._calls) / copies
         elif self.trainer.args.average_tokens_across_devices:
             count = float(items) / ranks  # which are those of all ranks
         else:
@@ -222,11 +232,22 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:
+    tensor_parallel = trainer.get_tp_size()
+    config = getattr(trainer.model, "config", None)
+    loaded = getattr(config, "distributed_config", None)
     reasons = {
         "trainer: nn.DataParallel on several GPUs; launch one process a GPU, with torchrun": (
             trainer.args.n_gpu > 1
         ),
-        "trainer: tensor, context or sequence parallelism has not been tried; train with "
-        "DDP or FSDP2": (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1),
+        "trainer: context and sequence parallelism split the sequence around compute_loss, which "
+        "is called alone in a measurement; train with DDP, FSDP2 or tensor parallelism": (
+            trainer.get_cp_size() * trainer.get_sp_size() > 1
+        ),
+        "trainer: tensor parallelism beside data parallelism has not been tried; make tp_size the "
+        "number of processes, or train with DDP or FSDP2": (
+            1 < tensor_parallel < trainer.accelerator.num_processes
+        ),
+        "trainer: pipeline and expert parallelism have not been tried; train with DDP, FSDP2 or "
+        "tensor parallelism": any(getattr(loaded, name, 1) > 1 for name in ("pp_size", "ep_size")),
     }
     refuse(reasons)

@@ -202,6 +202,22 @@ def test_parameters_hooks_modes_and_scratch_are_left_to_others() -> None:
     handle.remove()
 
 
+class Quantized(nn.Parameter):
+    """Keeps its weights beside it until the first pass, as bitsandbytes' of 8 bits do."""
+
+
+def test_what_a_librarys_parameter_keeps_beside_it_is_put_back() -> None:
+    module = nn.Module()
+    module.weight = Quantized(torch.zeros(2), requires_grad=False)
+    module.weight.scales = scales = torch.ones(2)
+    state = State({"module": module})
+    module.scales, module.weight.scales = module.weight.scales, None
+    scales.fill_(3.0)
+    state.restore()
+    assert module.weight.scales is scales and scales.tolist() == [1.0, 1.0]
+    assert not hasattr(module, "scales")
+
+
 def test_what_cannot_be_written_is_left() -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("positions", torch.arange(3).expand(4, -1))

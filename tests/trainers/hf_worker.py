@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -28,6 +29,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.distributed import DistributedConfig
+
+from . import accelerate_cpu  # noqa: F401  isort: skip
 
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.trainers.hf import CriticalSharpnessCallback
@@ -47,6 +50,15 @@ CONFIG = Olmo2Config(
     use_cache=False,
 )
 STEPS = 8
+
+#: How the processes of a layout share a model that transformers loads.
+LOADED = {"fsdp2": {"fsdp_size": 2}, "tp": {"tp_plan": "auto"}}
+
+#: Accelerate shards a model itself.
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Olmo2DecoderLayer"]},
+}
 
 
 def dataset() -> list[dict[str, Tensor]]:
@@ -115,8 +127,14 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def losses_anew(step: dict[str, Any], record: dict[str, Any]) -> dict[str, float]:
-    """L(θ), L(lower), L(upper) and ⟨g, Δθ⟩, from the definitions."""
+def losses_anew(
+    step: dict[str, Any], record: dict[str, Any], copies: int = 1
+) -> dict[str, float]:
+    """L(θ), L(lower), L(upper) and ⟨g, Δθ⟩, from the definitions.
+
+    Args:
+        copies: how many ranks have each sample.
+    """
     model = Olmo2ForCausalLM(copy.deepcopy(CONFIG)).train()
     update = {
         name: (start - step["after"][name]) / step["lr"] for name, start in step["before"].items()
@@ -140,7 +158,7 @@ def losses_anew(step: dict[str, Any], record: dict[str, Any]) -> dict[str, float
     state = torch.get_rng_state()
     loss, tokens = reduced(sums(0.0, backward=True))
     slope = sum(float((p.grad * update[name]).sum()) for name, p in model.named_parameters())
-    anew = {"loss": loss / tokens, "tokens": tokens, "slope": reduced([slope])[0] / tokens}
+    anew = {"loss": loss / tokens, "tokens": tokens / copies, "slope": reduced([slope])[0] / tokens}
     for end in ("lower", "upper"):
         anew[end] = reduced(sums(record[f"critical_lr_{end}"]))[0] / tokens
     torch.set_rng_state(state)
@@ -166,6 +184,13 @@ def digest(trainer: Trainer) -> dict[str, str]:
     }
 
 
+def inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that accelerate's wrap, however often."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     return [
         len(model._forward_pre_hooks),
@@ -181,15 +206,15 @@ class Runs:
 
     def model(self, kind: type[Olmo2ForCausalLM] = Olmo2ForCausalLM) -> Olmo2ForCausalLM:
         torch.manual_seed(0)
-        if self.layout != "fsdp2":
+        if self.layout not in LOADED:
             return kind(copy.deepcopy(CONFIG))
-        # Transformers shards a model that it loads, and does so on the CPU; accelerate does not.
+        # Transformers shards a model that it loads.
         weights = self.folder / "weights"
         if dist.get_rank() == 0:
             Olmo2ForCausalLM(copy.deepcopy(CONFIG)).save_pretrained(weights)
         dist.barrier()
-        return Olmo2ForCausalLM.from_pretrained(
-            weights, distributed_config=DistributedConfig(fsdp_size=2)
+        return kind.from_pretrained(
+            weights, distributed_config=DistributedConfig(**LOADED[self.layout])
         )
 
     def __call__(
@@ -222,6 +247,7 @@ class Runs:
                 "use_cpu": True,
                 "disable_tqdm": True,
                 "seed": 3,
+                **(SHARDED if self.layout == "accelerate" else {}),
                 **arguments,
             }
         )
@@ -239,7 +265,7 @@ class Runs:
             "logs": trainer.state.log_history,
             "records": [dataclasses.asdict(record) for record in records],
             "output": str(output),
-            "hooks": hooks(trainer.model_wrapped, trainer.optimizer.optimizer),
+            "hooks": hooks(trainer.model_wrapped, inner(trainer.optimizer)),
             "gathered": getattr(trainer, "gathered", None),
             "replaced": sorted({"compute_loss", "log"} & vars(trainer).keys()),
         }
@@ -247,8 +273,10 @@ class Runs:
             gathered = [result["records"]]
             if dist.is_initialized():
                 dist.broadcast_object_list(gathered)
+            copies = 2 if self.layout == "tp" else 1
             result["anew"] = [
-                losses_anew(seen.steps[record["iteration"] - 1], record) for record in gathered[0]
+                losses_anew(seen.steps[record["iteration"] - 1], record, copies)
+                for record in gathered[0]
             ]
         return result
 
@@ -403,6 +431,18 @@ def without_and_with(runs: Runs) -> dict[str, Any]:
     }
 
 
+def saved_and_resumed(runs: Runs) -> dict[str, Any]:
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    saved = runs("saved", **saving, every=2)
+    return {
+        "saved off": runs("saved off", **saving),
+        "saved": saved,
+        "resumed": runs(
+            "resumed", **saving, every=2, resume=runs.folder / "saved" / "checkpoint-3"
+        ),
+    }
+
+
 def alone(folder: Path) -> dict[str, Any]:
     runs = Runs(folder, "single")
     saving = {"save_strategy": "steps", "save_steps": 5}
@@ -432,10 +472,14 @@ def main(folder: Path) -> None:
         return
     dist.init_process_group("gloo")
     results = {
-        layout: without_and_with(Runs(folder / layout, layout)) for layout in ("ddp", "fsdp2")
+        layout: without_and_with(Runs(folder / layout, layout)) for layout in ("ddp", "fsdp2", "tp")
     }
     runs = Runs(folder / "losses", "ddp")
     results["ddp"]["losses"] = losses(runs, "gathers", "smoothed", "without items", "buffers")
+    runs = Runs(folder / "tp", "tp")
+    results["tp"]["losses"] = losses(runs, "without items")
+    runs = Runs(folder / "accelerate", "accelerate")  # the last: accelerate's state is global
+    results["accelerate"] = without_and_with(runs) | saved_and_resumed(runs)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

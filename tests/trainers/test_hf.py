@@ -31,7 +31,7 @@ LOGGED = {
 }
 
 
-@pytest.fixture(params=["single", "ddp", "fsdp2"])
+@pytest.fixture(params=["single", "ddp", "fsdp2", "tp", "accelerate"])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     fixture = "alone" if request.param == "single" else "pair"
     return [rank[request.param] for rank in request.getfixturevalue(fixture)]
@@ -105,6 +105,16 @@ def test_a_resumed_run_measures_the_same(alone: list[dict[str, Any]], name: str)
     assert runs[name]["digest"] == runs["saved"]["digest"] == runs["saved off"]["digest"]
 
 
+def test_a_resumed_run_measures_the_same_where_accelerate_shards(
+    pair: list[dict[str, Any]],
+) -> None:
+    for rank in pair:
+        runs = rank["accelerate"]
+        assert untimed(runs["resumed"]["records"]) == untimed(runs["saved"]["records"])[1:]
+        assert runs["resumed"]["digest"] == runs["saved"]["digest"] == runs["saved off"]["digest"]
+    assert len(pair[0]["accelerate"]["resumed"]["records"]) == 1
+
+
 def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) -> None:
     check_resumed_without_state(alone[0]["single"], [6, 8])
 
@@ -117,6 +127,7 @@ def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) ->
             "function", "without items", "without items, smoothed", "buffers",
         )),
         *(("ddp", name) for name in ("gathers", "smoothed", "without items", "buffers")),
+        ("tp", "without items"),
     ],
 )  # fmt: skip
 def test_the_loss_is_the_one_that_the_trainer_differentiates(
@@ -129,7 +140,8 @@ def test_the_loss_is_the_one_that_the_trainer_differentiates(
         assert of_training(rank["on"]["logs"]) == of_training(rank["off"]["logs"])
         assert rank["on"]["gathered"] == rank["off"]["gathered"]
         assert rank["on"]["replaced"] == []
-    assert len({rank["on"]["digest"]["parameters"] for rank in ranks}) == 1
+    if layout != "tp":
+        assert len({rank["on"]["digest"]["parameters"] for rank in ranks}) == 1
     records = ranks[0]["on"]["records"]
     logged = [entry["loss"] for entry in ranks[0]["off"]["logs"] if "loss" in entry]
     assert [record["status"] for record in records] == 3 * ["found"]
@@ -149,6 +161,7 @@ def test_tokens_are_counted_and_samples_where_they_are_not_known(
     assert tokens(single, "added") == tokens(single, "twice") == tokens(single, "function")
     assert tokens(single, "without items") == 3 * [8]
     assert tokens(ddp, "without items") == 3 * [16]
+    assert tokens(pair[0]["tp"]["losses"], "without items") == 3 * [8]  # on both ranks
 
 
 def test_a_loss_that_is_differentiated_in_parts_is_told(alone: list[dict[str, Any]]) -> None:
