@@ -101,6 +101,8 @@ class PipelinedModel(nn.ModuleList):
         state = State(
             self.called_by_schedule(), copied=lambda tensor: False, without=list(self.modules())
         )
+        # Where stages are set up anew, PyTorch drops those of FSDP2.
+        gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
         # After an evaluation it would divide gradients by the number of micro-batches once more,
         self._schedule.scale_grads = False
         # and set up its stages, with a pass of each, for this and then for training.
@@ -113,6 +115,8 @@ class PipelinedModel(nn.ModuleList):
             yield
         finally:
             state.restore()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def forward(self, forward_one_chunk: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward_one_chunk(*args, **kwargs)
