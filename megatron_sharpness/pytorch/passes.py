@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.replay import RandomStates
 from megatron_sharpness.core.state import State
+from megatron_sharpness.pytorch.pipelines import forward_only
 from megatron_sharpness.pytorch.shards import OF_PASSES
 
 #: What to say of an evaluation that draws other numbers than the step.
@@ -176,13 +177,15 @@ class RecordedPasses:
             lambda *_: self._broadcast([True] * len(self._data_parallel))
         )
         try:
-            yield
+            with forward_only(self._model, other_data=True):
+                yield
         finally:
             handle.remove()
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Within it no pass prepares DDP for a backward pass; in the end its flags are as before.
+        """Within it no pass prepares DDP for a backward pass, and a schedule runs none; in the end
+        both are as before.
 
         A pass without gradients has the next pass broadcast no buffers, and one with gradients,
         of a loss that differentiates, has the next backward pass wait for one that never came.
@@ -191,7 +194,8 @@ class RecordedPasses:
         for module in self._data_parallel:
             module.require_backward_grad_sync = False
         try:
-            yield
+            with forward_only(self._model):
+                yield
         finally:
             for module, name, value in saved:
                 setattr(module, name, value)

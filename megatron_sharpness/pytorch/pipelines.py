@@ -18,8 +18,9 @@ from megatron_sharpness.core.state import State
 #: The schedules of ``torch.distributed.pipelining``: GPipe, 1F1B, interleaved, zero bubble, …
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
-#: Where a schedule notes that its stages are set up for backward passes, too.
-_SET_UP = ("_stage_backward_initialized", "_stages_backward_initialized")
+#: Where a schedule notes that its stages are set up for passes, and for backward passes, too.
+_FORWARD = ("_stage_forward_initialized", "_stages_forward_initialized")
+_BACKWARD = ("_stage_backward_initialized", "_stages_backward_initialized")
 
 
 def model_of(given: Any) -> nn.Module:
@@ -67,8 +68,11 @@ class PipelinedModel(nn.ModuleList):
 
     def called_by_schedule(self) -> dict[str, object]:
         """The schedule and its stages, which keep between two steps how they are set up."""
-        stages = {f"stage {stage.stage_index}": stage for stage in self._stages}
-        return {"schedule": self._schedule, **stages}
+        found: dict[str, object] = {"schedule": self._schedule}
+        for stage in self._stages:
+            name = f"stage {stage.stage_index}"
+            found |= {name: stage, f"{name}'s shapes": vars(stage).get("_stage_meta")}
+        return found
 
     def attach(self) -> None:
         """Have the schedule call its stages through this."""
@@ -86,16 +90,23 @@ class PipelinedModel(nn.ModuleList):
                 stage.forward_one_chunk = held
 
     @contextlib.contextmanager
-    def forward_only(self) -> Iterator[None]:
+    def forward_only(self, *, other_data: bool = False) -> Iterator[None]:
         """Within it the schedule can evaluate, and leaves gradients alone; in the end it is set up
-        as it was."""
+        as it was.
+
+        Args:
+            other_data: micro-batches may be of another shape than in training.
+        """
         # What they keep are activations and outputs, which are many and are not written to.
         state = State(
             self.called_by_schedule(), copied=lambda tensor: False, without=list(self.modules())
         )
+        # Where stages are set up anew, PyTorch drops those of FSDP2.
+        gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
         # After an evaluation it would divide gradients by the number of micro-batches once more,
         self._schedule.scale_grads = False
-        for name in _SET_UP:  # and set up its stages, with a pass of each, for this and then anew.
+        # and set up its stages, with a pass of each, for this and then for training.
+        for name in (*_BACKWARD, *_FORWARD) if other_data else _BACKWARD:
             if hasattr(self._schedule, name):
                 setattr(self._schedule, name, False)
         for stage in self._stages:  # Of two stages in a row it would hand gradients on.
@@ -104,6 +115,8 @@ class PipelinedModel(nn.ModuleList):
             yield
         finally:
             state.restore()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def forward(self, forward_one_chunk: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward_one_chunk(*args, **kwargs)
@@ -111,3 +124,10 @@ class PipelinedModel(nn.ModuleList):
     def _call(self, stage: Any, *args: Any, **kwargs: Any) -> Any:
         self.training = stage.submod.training
         return self(*args, **kwargs)
+
+
+def forward_only(model: nn.Module, **options: bool) -> contextlib.AbstractContextManager[None]:
+    """:meth:`PipelinedModel.forward_only`, where it is one."""
+    if isinstance(model, PipelinedModel):
+        return model.forward_only(**options)
+    return contextlib.nullcontext()

@@ -279,7 +279,7 @@ class ObservedStep:
             return found
 
         try:
-            with self._passes.undisturbed(), self._schedule_kept():
+            with self._passes.undisturbed():
                 yield loss_at, losses_at
         finally:
             if moved:
@@ -294,11 +294,6 @@ class ObservedStep:
             states.restore()
         if watch is not None:
             self.changes = watch.changes(collective_device())
-
-    def _schedule_kept(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._model, PipelinedModel):
-            return self._model.forward_only()
-        return contextlib.nullcontext()
 
     def _everything(self) -> dict[str, object]:
         """What training reads later."""

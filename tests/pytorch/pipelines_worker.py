@@ -80,6 +80,11 @@ class Kind:
     shaped: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def others(self) -> int:
+        """Sequences in a micro-batch of the other data: more, where shapes are found out."""
+        return 4 if self.shaped else 8
+
     def held(self, rank: int, ranks: int) -> list[int]:
         """The numbers of the stages of a rank."""
         if self.v_shaped:
@@ -101,7 +106,8 @@ def fsdp2(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 PIPELINES = {
     "gpipe": Kind(ScheduleGPipe, clip=0.3),
     "gpipe, sums": Kind(ScheduleGPipe, sums=True),
-    "gpipe, accumulation": Kind(ScheduleGPipe, accumulated=2),
+    # Scaled, the gradients of the first step would be divided twice by PyTorch.
+    "gpipe, accumulation": Kind(ScheduleGPipe, accumulated=2, sums=True),
     "gpipe, compiled": Kind(ScheduleGPipe, compiled=True),
     "1f1b": Kind(Schedule1F1B),
     "1f1b, checkpointing": Kind(Schedule1F1B, checkpointed=True, clip=0.3),
@@ -160,9 +166,9 @@ def make_part(index: int, stages: int, dropout: float, checkpointed: bool = Fals
     return part
 
 
-def make_batch(step: int, data_rank: int) -> tuple[Tensor, Tensor]:
+def make_batch(step: int, data_rank: int, sequences: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(10 * step + data_rank)
-    text = torch.randint(VOCABULARY, (4 * MICRO_BATCHES, LENGTH), generator=generator)
+    text = torch.randint(VOCABULARY, (sequences * MICRO_BATCHES, LENGTH), generator=generator)
     targets = (7 * text + 3) % VOCABULARY
     for i in range(len(text)):
         targets[i, : 1 + i % 5 + data_rank] = IGNORED
@@ -264,7 +270,7 @@ class Training:
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         if step == OTHER:
-            return [make_batch(step, self.data_rank)]
+            return [make_batch(step, self.data_rank, self.kind.others)]
         return [
             make_batch(step * self.kind.accumulated + i, self.data_rank)
             for i in range(self.kind.accumulated)
@@ -272,9 +278,9 @@ class Training:
 
     def evaluate(self, step: int) -> tuple[Any, int]:
         found: list[Tensor] = []
+        self.total = sum(tokens_of(targets) for _, targets in self.batches(step))
         for inputs, targets in self.batches(step):
             losses: list[Tensor] = []
-            self.total = tokens_of(targets)
             self.schedule.eval(inputs, target=targets, losses=losses)
             found += losses
         return self.loss_sum_and_tokens(found)
@@ -286,9 +292,9 @@ class Training:
         handles = self.witness(step) if witnessed else []
         self.optimizer.zero_grad()  # here, so that gradients are there while it is measured
         found: list[Tensor] = []
+        self.total = sum(tokens_of(targets) for _, targets in self.batches(step))
         for inputs, targets in self.batches(step):
             losses: list[Tensor] = []
-            self.total = tokens_of(targets)
             self.schedule.step(inputs, target=targets, losses=losses)
             found += losses
             torch.rand(1)
@@ -410,7 +416,8 @@ class Reference:
             ]  # fmt: skip
             passes = 0
             for number in numbers:
-                inputs, targets = make_batch(number, data_rank)
+                sequences = self.kind.others if other else 4
+                inputs, targets = make_batch(number, data_rank, sequences)
                 pairs = zip(inputs.chunk(MICRO_BATCHES), targets.chunk(MICRO_BATCHES), strict=True)
                 for x, y in pairs:
                     for i, module in enumerate(self.parts):

@@ -31,7 +31,10 @@ LOGGED = {
 TIMES = ("throughput", "tflops", "time_metrics/", "mfu")
 
 
-@pytest.fixture(params=["single", "fsdp", "tp"])
+WITNESSED = ["single", "fsdp", "pp", "experts"]
+
+
+@pytest.fixture(params=[*WITNESSED, "tp", "interleaved, compiled"])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     fixture = "alone" if request.param == "single" else "pair"
     return [rank[request.param] for rank in request.getfixturevalue(fixture)]
@@ -58,7 +61,7 @@ def test_training_is_bit_for_bit_the_same(ranks: list[dict[str, Any]]) -> None:
     assert said == [" critical sharpness: verdict: too few measurements to tell"]  # of one rank
 
 
-@pytest.mark.parametrize("layout", ["single", "fsdp"])
+@pytest.mark.parametrize("layout", WITNESSED)
 def test_records_agree_with_the_definitions(request: pytest.FixtureRequest, layout: str) -> None:
     result = request.getfixturevalue("alone" if layout == "single" else "pair")[0][layout]["on"]
     # The slope is as exact as the norm of the gradients, which torch sums in fp32 on the CPU.
@@ -102,7 +105,6 @@ def test_a_checkpoint_without_measurements_loads(alone: list[dict[str, Any]]) ->
 
 
 def test_what_cannot_be_measured_with_is_refused(alone: list[dict[str, Any]]) -> None:
-    graphs, pipeline, context = alone[0]["single"]["refusals"]
+    graphs, context = alone[0]["single"]["refusals"]
     assert "--training.disable_cuda_graphs" in graphs
-    assert "--parallelism.pipeline_parallel_degree" in pipeline and "set it to 1" in pipeline
-    assert "--parallelism.context_parallel_degree" in context
+    assert "--parallelism.context_parallel_degree" in context and "set it to 1" in context

@@ -35,7 +35,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.config.configs import DebugConfig
+from torchtitan.config.configs import CompileConfig, DebugConfig
 from torchtitan.models import qwen3
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
 from torchtitan.models.common.rope import CosSinRoPE
@@ -386,16 +386,33 @@ def alone(folder: Path) -> dict[str, Any]:
     return results
 
 
+#: On two processes. What a witness cannot see are the masks of tensor parallelism, which are no
+#: single process's, and compiled layers.
+PAIRS: dict[str, dict[str, Any]] = {
+    "fsdp": {"parallelism": ParallelismConfig()},
+    "tp": {
+        "parallelism": ParallelismConfig(spmd_backend="partial_dtensor", tensor_parallel_degree=2),
+        "witness": False,
+    },
+    "pp": {"parallelism": ParallelismConfig(pipeline_parallel_degree=2), "layers": 4},
+    "interleaved, compiled": {
+        "parallelism": ParallelismConfig(
+            spmd_backend="partial_dtensor",
+            pipeline_parallel_degree=2,
+            pipeline_parallel_schedule="Interleaved1F1B",
+        ),
+        "compile": CompileConfig(enable=True, components=["model"], backend="aot_eager"),
+        "layers": 4,
+        "witness": False,
+    },
+    "experts": {"parallelism": ParallelismConfig(expert_parallel_degree=2), "experts": True},
+}
+
+
 def main(folder: Path) -> None:
     if dist.is_available() and "RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        names = {
-            "fsdp": ParallelismConfig(spmd_backend="partial_dtensor"),
-            "tp": ParallelismConfig(spmd_backend="partial_dtensor", tensor_parallel_degree=2),
-        }
         results = {
-            # The masks of dropout under tensor parallelism are no single process's.
-            name: without_and_with(folder / name, name != "tp", parallelism=parallelism)
-            for name, parallelism in names.items()
+            name: without_and_with(folder / name, **options) for name, options in PAIRS.items()
         }
     else:
         results = {"single": alone(folder)}
