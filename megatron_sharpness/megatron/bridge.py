@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_sharpness.core.errors import InputError, SettingError
+from megatron_sharpness.core.frozen import FrozenRun
 from megatron_sharpness.core.measurement import Measurement
 from megatron_sharpness.core.meter import Meter, Sink
 from megatron_sharpness.core.recorder import Recorder
 from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.core.trial import Trial
+from megatron_sharpness.data.evaluation import EvaluationSet
 from megatron_sharpness.report.verdict import log_verdict
 from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, curve_sinks
 
@@ -28,9 +30,11 @@ try:
     from megatron.core.timers import Timers
     from megatron.core.utils import get_model_config
 
+    from megatron_sharpness.megatron import bridge_data
     from megatron_sharpness.megatron.parts import PartsOfModel
     from megatron_sharpness.megatron.quiet import quiet
     from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
+    from megatron_sharpness.megatron.shards import trained_tensors
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
     from megatron_sharpness.megatron.watch import LAYOUT, write_down
@@ -57,6 +61,11 @@ class CriticalSharpnessCallback(Callback):
         sinks: where records go in addition, from the last rank, which is Bridge's logging one.
         mode: ``train`` replays the step's own dropout masks; ``eval`` switches dropout off.
         offload: ``cpu`` keeps the copy of the parameters in host memory.
+        eval_data: other data by name, along the same updates: the path of Megatron's ``.bin`` and
+            ``.idx`` without the suffix, or of a file of JSON lines with a prompt and an answer.
+        eval_samples: of each, drawn by the run's seed; as many as a global batch if None.
+        frozen: train nothing: every step is taken back, while the optimizer's moments go on, and
+            steps are measured after this number of them.
         settings: the other fields of :class:`~megatron_sharpness.core.settings.Settings`.
 
     Raises:
@@ -70,6 +79,9 @@ class CriticalSharpnessCallback(Callback):
         *,
         mode: Literal["train", "eval"] = "train",
         offload: Literal["none", "cpu"] = "none",
+        eval_data: Mapping[str, str | Path] | None = None,
+        eval_samples: int | None = None,
+        frozen: int | None = None,
         **settings: Any,
     ) -> None:
         if mode not in ("train", "eval"):
@@ -82,6 +94,11 @@ class CriticalSharpnessCallback(Callback):
         self._settings = Settings.of(self, every=every, **settings)
         check_sinks(sinks)
         self._sinks = sinks
+        self._sources = bridge_data.sources(eval_data or {})
+        self._samples = eval_samples
+        self._others: list[EvaluationSet] = []
+        self._frozen = _checked_frozen(frozen, every, trial)
+        self._frozen_run: FrozenRun | None = None
         self._mode = mode
         self._offload = offload == "cpu"
         self._schedule: Any = None
@@ -89,6 +106,7 @@ class CriticalSharpnessCallback(Callback):
         self._observed: ObservedStep | None = None
         self._parts: PartsOfModel | None = None
         self._watching = contextlib.ExitStack()
+        self._due = False
         if every:
             self._stand_in_for_schedule()
 
@@ -123,6 +141,16 @@ class CriticalSharpnessCallback(Callback):
                 "out of MegatronMIMO's and DistTrain's loops."
             )
         refuse_unsupported(_options(context), self_tests=False)
+        if self._frozen is not None and state.cfg.checkpoint.save is not None:
+            raise SettingError(
+                "frozen",
+                self._frozen,
+                "nothing is trained that could be saved; set checkpoint.save to None",
+            )
+        if self._sources:
+            self._others = bridge_data.evaluation_sets(
+                state, _options(context), self._sources, self._samples
+            )
         if (parts := self._settings.parts) is not None:
             self._parts = PartsOfModel(parts, context.model, context.optimizer)
         confirm = None if self._trial is None else self._trial.recorder.confirm
@@ -142,8 +170,17 @@ class CriticalSharpnessCallback(Callback):
         if self._trial is not None:
             self._trial.recorder.begin()
         iteration = context.state.train_state.step + 1
-        if self._settings.every and self._meter.due(iteration):
-            self._recording = RecordingSchedule(self._schedule, context.model)
+        self._due = bool(self._settings.every) and (
+            self._meter.due(iteration) and iteration > (self._frozen or 0)
+        )
+        if self._frozen is not None and self._frozen_run is None:
+            self._frozen_run = FrozenRun(
+                functools.partial(trained_tensors, context.model, context.optimizer)
+            )
+        if self._due or self._frozen is not None:
+            self._recording = RecordingSchedule(
+                self._schedule, context.model, beside=bridge_data.FINETUNING
+            )
             if self._trial is not None:
                 self._recording.take_times(self._trial.recorder)
             self._observed = ObservedStep(
@@ -164,10 +201,25 @@ class CriticalSharpnessCallback(Callback):
         observed, recording, state = self._observed, self._recording, context.state
         self._watching.close()
         self._observed = self._recording = None
-        if observed is None or recording is None or not observed.happened:
+        if observed is None or recording is None:
             return
+        if observed.happened and self._due:
+            self._measure_step(context, observed, recording)
+        elif observed.happened:
+            observed.undo()
+        if self._frozen_run is not None:
+            recording.restore_state()
+            iteration, train = state.train_state.step + 1, state.cfg.train
+            exits = train.exit_interval and iteration % train.exit_interval == 0
+            if exits or iteration == train.train_iters:  # an exit has no event
+                self._frozen_run.finish(_print if dist.get_rank() == 0 else lambda message: None)
+
+    def _measure_step(
+        self, context: CallbackContext, observed: ObservedStep, recording: RecordingSchedule
+    ) -> None:
+        state, frozen = context.state, self._frozen is not None
         with _off_the_clock(state):
-            watch = observed.watch() if self._meter.watches else None
+            watch = observed.watch() if self._meter.watches and not frozen else None
             with _undisturbed(context, self._mode, observed.fail):
                 records = observed.measure(
                     self._meter,
@@ -177,12 +229,14 @@ class CriticalSharpnessCallback(Callback):
                     consumed_samples=state.train_state.consumed_train_samples
                     + get_current_running_global_batch_size(),
                     trained=self._mode == "train",
+                    others=self._others,
+                    frozen=frozen,
                 )
             changed = watch.changes(current_device()) if watch is not None else None
             self._meter.write(records, changed)
 
     def on_train_end(self, context: CallbackContext) -> None:
-        if self._settings.every:
+        if self._settings.every and self._frozen is None:
             log_verdict(self._meter.sinks)
 
 
@@ -227,6 +281,20 @@ def _options(context: CallbackContext) -> SimpleNamespace:
     cfg = context.state.cfg
     parts = (cfg.dist, cfg.ddp, get_model_config(context.model[0]), cfg.optimizer)
     return SimpleNamespace(**{name: value for part in parts for name, value in vars(part).items()})
+
+
+def _checked_frozen(frozen: int | None, every: int, trial: Trial | None) -> int | None:
+    if frozen is None:
+        return None
+    if trial is not None:
+        raise SettingError(
+            "frozen", frozen, "it trains nothing that could be compared; leave it out to verify"
+        )
+    if isinstance(frozen, bool) or not isinstance(frozen, int) or frozen < 0:
+        raise SettingError("frozen", frozen, "a number of steps; give 0 or more, or leave it out")
+    if not every:
+        raise SettingError("frozen", frozen, "every=0 measures nothing; give every=1")
+    return frozen
 
 
 def _sinks(state: Any, meter: Meter) -> list[Sink]:

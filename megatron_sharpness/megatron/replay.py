@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,27 @@ class RecordingSchedule:
     states and what the model keeps beside its parameters. A pass that Megatron reruns is recorded
     anew.
 
+    Args:
+        schedule: the real one.
+        model: the model chunks of this rank.
+        beside: names in micro-batches of what a pass over other data does not need.
+
     Attributes:
         losses: of the training pass, on ranks that compute any.
         error: what went wrong while recording it.
         first: whether state was made in it without which it cannot be repeated.
     """
 
-    def __init__(self, schedule: Callable[..., Any], model: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        schedule: Callable[..., Any],
+        model: Sequence[Any],
+        *,
+        beside: Set[str] = frozenset(),
+    ) -> None:
         self.schedule = schedule
         self.model = model
+        self._beside = beside
         self.losses: list[Loss] = []
         self.error: Exception | None = None
         self.first = False
@@ -90,14 +102,17 @@ class RecordingSchedule:
         rank, ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         size = self._kwargs["micro_batch_size"]
         count = len(samples.tokens) // (ranks * size)
-        first = rank * count * size
+        first, length = rank * count * size, samples.tokens.shape[1] - 1
         starts = range(first, first + count * size, size)
 
         def batches(tee: _Tee) -> tuple[Any, ...]:
             seen = tee.seen[0]
+            if isinstance(seen, dict):
+                seen = {key: value for key, value in seen.items() if key not in self._beside}
+                seen = _causal(seen, length)
             return tuple(_batch_like(seen, samples, slice(at, at + size)) for at in starts)
 
-        return MicroBatches(_map_iterators(self._batches, batches), count)
+        return MicroBatches(_map_iterators(self._batches, batches), count, length)
 
     def evaluate(self, batches: MicroBatches) -> list[Loss]:
         """The same of other data, in evaluation mode."""
@@ -107,7 +122,7 @@ class RecordingSchedule:
             chunk.eval()
         try:
             iterators = _map_iterators(batches.held, lambda held: iter(map(_shallow, held)))
-            return self._forward(iterators, batches.count)
+            return self._forward(iterators, batches.count, batches.length)
         finally:
             for chunk, training in zip(self.model, modes, strict=True):
                 chunk.train(training)
@@ -169,9 +184,11 @@ class RecordingSchedule:
         """Whether all tokens count alike in what is differentiated."""
         return bool(get_model_config(self.model[0]).calculate_per_token_loss)
 
-    def _forward(self, batches: Any, microbatches: int) -> list[Loss]:
+    def _forward(self, batches: Any, microbatches: int, length: int | None = None) -> list[Loss]:
         losses: list[Loss] = []
+        lengths = () if length is None else ("seq_length", "decoder_seq_length")
         changed = {
+            **{name: length for name in lengths if self._kwargs.get(name) is not None},
             "forward_step_func": noting(self._kwargs["forward_step_func"], losses),
             "data_iterator": batches,
             "num_microbatches": microbatches,
@@ -190,10 +207,12 @@ class MicroBatches:
         held: micro-batches where the schedule has an iterator, a list of them by model chunk, or
             None on a rank that reads no data.
         count: how many micro-batches.
+        length: of their sequences, which finetuning has of its own for each batch.
     """
 
     held: Any
     count: int
+    length: int
 
 
 def noting(forward_step: Callable[..., Any], losses: list[Loss]) -> Callable[..., Any]:
@@ -263,17 +282,36 @@ def _batch_like(seen: Any, samples: EvaluationSet, rows: slice) -> dict[str, tor
     }
     if not isinstance(seen, dict) or set(seen) - {*made, "attention_mask"}:
         raise RuntimeError(
-            f"--critical-sharpness-eval-data: the training script's micro-batches hold "
+            "other data: the training script's micro-batches hold "
             f"{', '.join(seen) if isinstance(seen, dict) else type(seen).__name__}, and only "
-            f"{', '.join(made)} and a causal attention_mask can be made of other data; leave the "
-            "flag out"
+            f"{', '.join(made)} and a causal attention_mask can be made of it; measure without"
         )
     batch = {
         key: value.to(seen[key].device, seen[key].dtype).contiguous()
         for key, value in made.items()
         if seen.get(key) is not None
     }
-    return {**seen, **batch}  # the mask of a sequence of the same length is the same
+    return {**seen, **batch}
+
+
+def _causal(seen: dict[str, Any], length: int) -> dict[str, Any]:
+    """A micro-batch whose mask, where it has one, is of sequences of ``length`` tokens that are one
+    document each.
+
+    Raises:
+        RuntimeError: it is no mask of queries and keys that is known here.
+    """
+    mask = seen.get("attention_mask")
+    if mask is None:
+        return seen
+    if mask.dim() != 4 or mask.dtype != torch.bool:
+        raise RuntimeError(
+            f"other data: the attention_mask is {mask.dtype} of shape {tuple(mask.shape)}, and the "
+            "one that can be made is, in [samples, 1, queries, keys], True where a key is hidden"
+        )
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)  # True is what is not attended to
+    whole = hidden.to(mask.device, mask.dtype).expand(*mask.shape[:-2], length, length)
+    return {**seen, "attention_mask": whole.contiguous()}
 
 
 def _map_iterators(iterators: Any, function: Callable[[Any], Any]) -> Any:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sharpness.data import evaluation
 from tests.megatron.canonical import full_parameter
 
 LAYERS, WIDTH, HEADS, LENGTH, VOCABULARY = 4, 32, 4, 32, 256
@@ -71,6 +73,19 @@ def loss(weights: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["loss_mask"].double().flatten()
     return torch.sum(losses * mask) / mask.sum()
+
+
+def other_batch(path: Path, end: int = 254) -> dict[str, Tensor]:
+    """The eight samples of ``sums`` that runs draw of :func:`tests.megatron.harness.other_data`,
+    whose answers end with the token ``end``."""
+    sums = evaluation.read(
+        "sums", path, samples=8, length=LENGTH, seed=1234, tokenize=evaluation.byte_tokens,
+        end=end, vocabulary=VOCABULARY,
+    )  # fmt: skip
+    tokens = torch.from_numpy(sums.tokens)
+    return {
+        "tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.from_numpy(sums.mask)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

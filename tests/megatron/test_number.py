@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_sharpness.core.search import TOLERANCES
-from megatron_sharpness.data import evaluation
 from tests.megatron import reference
 from tests.megatron.harness import MODEL, Run, finish, other_data, run
 from tests.megatron.test_bitwise import FSDP2, FULLY, SHARDED
@@ -61,15 +60,7 @@ def expected(alone: Run) -> reference.Reference:
     batch = {
         key: torch.cat([b[key] for b in batches]) for key in ("tokens", "labels", "loss_mask")
     }
-    sums = evaluation.read(
-        "sums", other_data(alone.folder), samples=8, length=reference.LENGTH, seed=1234,
-        tokenize=evaluation.byte_tokens, end=254, vocabulary=reference.VOCABULARY,
-    )  # fmt: skip
-    tokens = torch.from_numpy(sums.tokens)
-    other = {
-        "tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.from_numpy(sums.mask)
-    }  # fmt: skip
-    return reference.measure(batch, other)
+    return reference.measure(batch, reference.other_batch(other_data(alone.folder)))
 
 
 #: As Megatron's first stage and its last have each a copy of the tied embedding, and as a stage

@@ -4,8 +4,9 @@ Megatron asks for CUDA in many small ways (``device="cuda"``, ``.cuda()``, strea
 states, NCCL). Each is answered here with its CPU twin, so that an unmodified training script runs,
 demonstrates and is tested on any machine. Nothing that runs on a GPU imports this file.
 
-Context parallelism has an attention of its own here, and the precision-aware optimizer a stand-in
-of Transformer Engine's. Not to be had without the latter: fp8, which Megatron leaves out then.
+Context parallelism and packed sequences have an attention of their own here, and the
+precision-aware optimizer a stand-in of Transformer Engine's. Not to be had without the latter: fp8,
+which Megatron leaves out then.
 """
 
 from __future__ import annotations

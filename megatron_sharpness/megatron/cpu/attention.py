@@ -1,5 +1,6 @@
-"""Megatron's own attention with what it leaves to Transformer Engine's: context parallelism, the
-largest logits of each head, and values narrower than keys (multi-latent attention)."""
+"""Megatron's own attention with what it leaves to Transformer Engine's: context parallelism, packed
+sequences, the largest logits of each head, and values narrower than keys (multi-latent attention).
+"""
 
 from __future__ import annotations
 
@@ -40,9 +41,25 @@ def complete_attention() -> None:
 
     @functools.wraps(attend)
     def attend_complete(
-        self: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+        self: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
     ) -> Any:
         size = self.config.context_parallel_size
+        if packed_seq_params is not None:
+            if size > 1:
+                raise InputError(
+                    f"--context-parallel-size {size}: on the CPU backend it is not for packed "
+                    "sequences; give 1"
+                )
+            mask = _apart(packed_seq_params, len(query))
+            query, key, value = (part.unsqueeze(1) for part in (query, key, value))
+            return attend(self, query, key, value, mask, *args, **kwargs)
         if size == 1:
             return attend(self, query, key, value, attention_mask, *args, **kwargs)
         mask = _behind(len(query), size) if attention_mask is None else attention_mask
@@ -80,6 +97,16 @@ def _behind(length: int, size: int) -> Tensor:
     places = torch.arange(half)
     own = torch.cat([places + rank * half, places + (2 * size - 1 - rank) * half])
     return (torch.arange(size * length) > own[:, None])[None, None]
+
+
+def _apart(packed: Any, length: int) -> Tensor:
+    """Which keys of packed sequences lie behind a query, or in another sequence: (1, 1, queries,
+    keys)."""
+    padded = packed.cu_seqlens_q_padded
+    ends = (packed.cu_seqlens_q if padded is None else padded)[1:]
+    places = torch.arange(length)
+    sequence = torch.bucketize(places, ends, right=True)
+    return ((sequence[:, None] != sequence) | (places > places[:, None]))[None, None]
 
 
 def _note_logits(attention: Any, softmax: Any, arguments: tuple[Any, ...]) -> None:
