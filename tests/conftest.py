@@ -57,6 +57,8 @@ LONG = (
     "tests/sweeps/mix/test_command.py",
     "tests/launch/test_slurm.py",
     "tests/trainers/test_torchtitan.py",
+    "tests/trainers/test_nemo_automodel.py",
+    "tests/trainers/test_optimizer_matrix.py",
     "tests/launch/test_fsdp.py",
 )
 
