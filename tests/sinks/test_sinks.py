@@ -8,7 +8,13 @@ from typing import Any
 
 from megatron_sharpness.core.alarm import Alarm
 from megatron_sharpness.core.measurement import Measurement
-from megatron_sharpness.sinks import ConsoleSink, JsonLinesSink, TensorBoardSink, WandbSink
+from megatron_sharpness.sinks import (
+    ConsoleSink,
+    DeepSpeedSink,
+    JsonLinesSink,
+    TensorBoardSink,
+    WandbSink,
+)
 
 FOUND = Measurement(
     iteration=20, consumed_samples=160, lr=0.01, batch="train", status="found", critical_lr=0.04,
@@ -43,6 +49,14 @@ def test_wandb_logs_at_the_iteration() -> None:
     run = Writer()
     WandbSink(run).write(FOUND)
     assert run.seen["learning-rate-over-critical"] == (0.25, 20)
+
+
+def test_deepspeed_s_monitor_gets_every_tag_against_samples() -> None:
+    seen: list[tuple[str, float, int]] = []
+    engine = SimpleNamespace(global_samples=96, monitor=SimpleNamespace(write_events=seen.extend))
+    DeepSpeedSink(engine).write(FOUND)
+    assert ("Train/Samples/critical-sharpness", 50.0, 96) in seen
+    assert len(seen) == len(FOUND.scalars())
 
 
 def test_an_alarm_is_a_text_in_tensorboard_and_an_alert_in_wandb() -> None:
