@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
-from megatron_sharpness.core.errors import InputError
+from megatron_sharpness.core.errors import InputError, ProbeError
 from megatron_sharpness.core.replay import of_all_ranks
 from megatron_sharpness.core.state import State
 
@@ -127,7 +127,32 @@ class PipelinedModel(nn.ModuleList):
 
 
 def forward_only(model: nn.Module, **options: bool) -> contextlib.AbstractContextManager[None]:
-    """:meth:`PipelinedModel.forward_only`, where it is one."""
+    """:meth:`PipelinedModel.forward_only`, where it is one; else no schedule can evaluate."""
     if isinstance(model, PipelinedModel):
         return model.forward_only(**options)
-    return contextlib.nullcontext()
+    return _no_schedule()
+
+
+@contextlib.contextmanager
+def _no_schedule() -> Iterator[None]:
+    """One that was not given would set its stages up anew in the next step, which draws numbers."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ProbeError(
+            "evaluate calls the schedule of a pipeline, and the model given is another module, so "
+            "that the next training step would draw other random numbers; give the schedule as the "
+            "model"
+        )
+
+    kinds: tuple[Any, ...] = (PipelineScheduleSingle, PipelineScheduleMulti)
+    own = [vars(kind).get("eval") for kind in kinds]
+    for kind in kinds:
+        kind.eval = refuse
+    try:
+        yield
+    finally:
+        for kind, method in zip(kinds, own, strict=True):
+            if method is None:
+                del kind.eval
+            else:
+                kind.eval = method

@@ -599,6 +599,14 @@ def refusals() -> dict[str, str]:
         warnings.simplefilter("ignore")
         training.step(0)
     found["norms of ranks"] = training.records[0]["reason"]
+    training = Training(Kind(ScheduleGPipe), 0, dropout=0.1)
+    training.sharpness = CriticalSharpness(training.called[0], training.optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training.step(0)
+    found["a stage's module"] = training.records[0]["reason"]
+    training.step(1)  # and the schedule can evaluate again
+    training.evaluate(1)
     return found
 
 
