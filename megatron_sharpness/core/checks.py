@@ -133,7 +133,7 @@ def replay_error(loss: float, trained: float, same: float) -> float:
         return error
     raise WrongLoss(
         f"the loss evaluated at θ is {loss:.6g}, and the step was trained on {trained:.6g} "
-        f"({loss / trained if trained else math.inf:.4g} times). Likely causes: a mean where the "
+        f"({loss / trained if trained else math.inf:.6g} times). Likely causes: a mean where the "
         "sum of losses is to be returned, or another number of tokens; another batch than the "
         "step's own (that is a loss on other data); another loss, such as one without a term that "
         "training adds; a loss given that was scaled for the backward pass; dropout masks that are "

@@ -65,7 +65,7 @@ class ObservedOptimizer:
         self._parts = parts
         rows = 1 + len(parts.names) if parts else 1
         self.products = torch.zeros(rows, StepProducts.COUNT, dtype=torch.float64)
-        self.slope_known = self.shards.steps_on_gradients
+        self.slope_known = True
         self._offload = offload
         self._line = UpdateLine([])
         #: PyTorch's own optimizers call their closure before all else, and leave gradients alone.
@@ -189,6 +189,7 @@ class ObservedOptimizer:
     def _after_inside(self, inner: Optimizer) -> None:
         self._inner_steps += 1
         gradients = self.shards.gradients_in(inner)
+        self.slope_known &= self.shards.steps_on_gradients
         if self._used_inside is not None:
             self.slope_known &= self._used_inside == self._checksums(_dense(gradients.values()))
         if self.error is not None:

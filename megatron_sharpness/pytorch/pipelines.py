@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from megatron_sharpness.core.errors import InputError, ProbeError
@@ -73,6 +74,29 @@ class PipelinedModel(nn.ModuleList):
             name = f"stage {stage.stage_index}"
             found |= {name: stage, f"{name}'s shapes": vars(stage).get("_stage_meta")}
         return found
+
+    def check(self, calls: int, tokens: Tensor | float) -> None:
+        """Look at what an evaluation has done on this rank.
+
+        Args:
+            calls: how often it has called the stages.
+            tokens: that it has returned.
+
+        Raises:
+            ProbeError: the rank has no loss, and says that it has tokens.
+        """
+        if len(self) and not calls:  # said now, since the other ranks may wait for this one
+            warnings.warn(
+                "critical sharpness: evaluate has called no stage of this rank, so that the others "
+                "may wait for it without end; call schedule.eval on every rank, and return zeros "
+                "after that where there is no loss",
+                stacklevel=2,
+            )
+        if not any(stage.is_last for stage in self._stages) and float(tokens):
+            raise ProbeError(
+                f"evaluate has returned {float(tokens):g} tokens on a rank without the last stage, "
+                "which has no loss; return (0.0, 0) there"
+            )
 
     def attach(self) -> None:
         """Have the schedule call its stages through this."""

@@ -57,7 +57,8 @@ LossesAt = Callable[[float, Sequence[str]], dict[str, tuple[float, int]]]
 #: Why a step was skipped.
 NOT_CALLED = (
     "optimizer.step() was not called since the last after_step, and the weights are what they were "
-    "(a loss scaler skips steps whose gradients overflow)"
+    "(a loss scaler skips steps whose gradients overflow; and where gradients are accumulated "
+    "after_step is to be called once for each step of the optimizer)"
 )
 NOT_MOVED = "optimizer.step() has left all weights as they were"
 
@@ -236,14 +237,14 @@ class ObservedStep:
             return error
 
         def reduced(
-            function: Evaluate, error: Exception | None, check: Callable[[], None]
+            function: Evaluate, error: Exception | None, check: Callable[[Tensor | float], None]
         ) -> tuple[float, int]:
             loss: Tensor | float = 0.0
             tokens: Tensor | float = 0.0
             try:  # whatever failed before: the other ranks wait in the model's collectives
                 with torch.no_grad():
                     loss, tokens = sums_of(function())
-                check()
+                check(tokens)
             except Exception as caught:
                 error = error or explained(caught)
             return reduce_loss(loss, tokens, error, collective_device())
@@ -262,7 +263,13 @@ class ObservedStep:
             if self._ambiguous and not eval_mode:
                 count_passes()
             with self._passes.replaying(strict=not eval_mode) as replay:
-                found = reduced(evaluate, error, lambda: replay.check(known=self._loss_given))
+
+                def check(tokens: Tensor | float) -> None:
+                    if isinstance(self._model, PipelinedModel):
+                        self._model.check(replay.calls, tokens)
+                    replay.check(known=self._loss_given)
+
+                found = reduced(evaluate, error, check)
             self._strayed |= replay.strayed
             return found
 
@@ -275,7 +282,7 @@ class ObservedStep:
                 states.restore()
                 torch.clear_autocast_cache()
                 with self._passes.elsewhere():
-                    found[name] = reduced(others[name], error, lambda: None)
+                    found[name] = reduced(others[name], error, lambda tokens: None)
             return found
 
         try:

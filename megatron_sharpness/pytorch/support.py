@@ -69,7 +69,7 @@ def refuse_unsupported(
     if offload not in ("none", "cpu"):
         raise SettingError("offload", offload, "give 'none' or 'cpu'")
     if deepspeed.is_engine(model):
-        deepspeed.refuse_engine(model)
+        deepspeed.refuse_engine(model, optimizers)
     elif any(map(deepspeed.owns, optimizers)):
         raise InputError(
             "model: the optimizer is a DeepSpeed engine's, and the model is not; give the engine "

@@ -605,8 +605,19 @@ def refusals() -> dict[str, str]:
         warnings.simplefilter("ignore")
         training.step(0)
     found["a stage's module"] = training.records[0]["reason"]
+    training.sharpness.close()
+    training.sharpness = None
     training.step(1)  # and the schedule can evaluate again
     training.evaluate(1)
+    training = Training(Kind(ScheduleGPipe), 1, dropout=0.0)
+    loss_sum_and_tokens = training.loss_sum_and_tokens
+    training.loss_sum_and_tokens = lambda losses: (  # type: ignore[method-assign]
+        loss_sum_and_tokens(losses) if losses else (0.0, MICRO_BATCHES)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        training.step(0)
+    found["tokens without a loss"] = training.records[0]["reason"]
     return found
 
 

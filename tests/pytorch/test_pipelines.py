@@ -119,4 +119,5 @@ def test_what_cannot_be_measured_is_told(pair: Ranks) -> None:
         assert "PipelineStage is no torch.nn.Module" in rank["refusals"]["a stage"]
         assert "give the model as the loop calls it" in rank["refusals"]["a stage"]
         assert "grad_norm is not the same on all ranks" in rank["refusals"]["norms of ranks"]
+        assert "return (0.0, 0) there" in rank["refusals"]["tokens without a loss"]
         assert "give the schedule as the model" in rank["refusals"]["a stage's module"]

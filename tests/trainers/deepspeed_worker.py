@@ -247,6 +247,7 @@ def refusals() -> dict[str, str]:
 
     refuse("module", engine.module, optimizer)
     refuse("optimizer", engine, engine)
+    refuse("inner", engine, optimizer.optimizer)
     refuse("parts", engine, optimizer, parts="groups")
     zero_config = engine._config.zero_config
     for owner, name, value in (
@@ -319,6 +320,11 @@ def main(folder: Path) -> None:
         results[name] = without_and_with(options)
         print(name, flush=True)
     overflowing = {**zero(2), "fp16": {"enabled": True, "initial_scale_power": 20}}
+    growing = {
+        "enabled": True, "initial_scale_power": 8, "loss_scale_window": 3, "hysteresis": 1
+    }  # fmt: skip
+    for stage in (2, 3):
+        results[f"growing {stage}"] = train(1, dropout=0.0, fp16=growing, **zero(stage))["records"]
     results["overflow"] = without_and_with(overflowing)
     results["frozen"] = {
         "begin": train(0, steps=0, **BF16, **zero(2)),

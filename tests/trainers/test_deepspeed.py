@@ -65,6 +65,17 @@ def test_a_step_that_overflows_is_skipped(pair: Ranks) -> None:
         assert statuses == ["skipped_step", "skipped_step", "found"]
 
 
+def test_where_the_loss_scale_grows_no_slope_is_that_of_another_scale(pair: Ranks) -> None:
+    """In that step ZeRO 3 divides the gradients by the new scale already."""
+    records, expected = pair[0]["growing 3"], pair[0]["growing 2"]
+    known = [record["slope"] for record in records if record["slope"] is not None]
+    assert 3 <= len(known) < len(records)
+    for record, other in zip(records, expected, strict=True):
+        assert record["status"] == "found"
+        if record["slope"] is not None:
+            assert record["slope"] == pytest.approx(other["slope"], rel=0.05)
+
+
 def test_a_frozen_run_trains_nothing(pair: Ranks) -> None:
     for rank in pair:
         begin, end = rank["frozen"]["begin"]["training"], rank["frozen"]["end"]["training"]
@@ -90,6 +101,7 @@ def test_the_monitor_has_the_curves_against_samples(pair: Ranks) -> None:
 REASONS = {
     "module": "give the engine",
     "optimizer": "not a torch.optim.Optimizer",
+    "inner": "give the optimizer that deepspeed.initialize has returned",
     "parts": "pieces of many parameters",
     "pipeline_parallelism": "PipelineModule",
     "has_moe_layers": "mixtures of experts",

@@ -6,7 +6,7 @@ Nothing is imported from DeepSpeed before it has been by who trains with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -142,6 +142,16 @@ class Bf16PartitionShards(PartitionShards):
 class GatheredShards(DeepSpeedShards):
     """ZeRO 3: each rank has its part of each weight, from which passes gather it."""
 
+    _scale = 1.0
+
+    def check(self) -> None:
+        self._scale = self.optimizer.loss_scale
+
+    @property
+    def steps_on_gradients(self) -> bool:
+        # In a step after which the loss is scaled by more, it divides gradients by that already.
+        return super().steps_on_gradients and self._scale == self.optimizer.loss_scale
+
     def of_model(self) -> list[Tensor]:
         return list(chain.from_iterable(self.optimizer.fp16_groups))
 
@@ -202,7 +212,7 @@ def shards_of(optimizer: Any, first_rank: int) -> DeepSpeedShards:
     return _KINDS[name](optimizer, first_rank)
 
 
-def refuse_engine(engine: Any) -> None:
+def refuse_engine(engine: Any, optimizers: Sequence[object]) -> None:
     """Raise where a measurement would be wrong or impossible.
 
     Raises:
@@ -213,6 +223,10 @@ def refuse_engine(engine: Any) -> None:
     inner = type(engine.basic_optimizer).__name__
     refuse(
         {
+            f"optimizer: the engine steps its {type(engine.optimizer).__name__}, and not what was "
+            "given; give the optimizer that deepspeed.initialize has returned": (
+                not any(optimizer is engine.optimizer for optimizer in optimizers)
+            ),
             "model: PipelineModule runs forward and backward passes in one; use ZeRO": (
                 engine.pipeline_parallelism
             ),
