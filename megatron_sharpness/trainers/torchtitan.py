@@ -206,9 +206,11 @@ class CriticalSharpnessTrainer(Trainer):
         pipelined = dims.pp_enabled
         tokens = float(first["loss_kwargs"]["global_valid_tokens"] if pipelined else first[2])
         loss = sum(dist_utils.dist_sum(part) for part in losses) * tokens
+        if pipelined and not self.pp_has_last_stage:
+            return 0.0, 0.0
         # Tensor-parallel ranks have the same loss, and each of them is added.
         ranks = dims.dp_replicate * dims.dp_shard * dims.cp * dims.pp
-        return loss * ranks / dims.world_size, tokens / dims.world_size
+        return loss * ranks / dims.world_size, tokens * dims.pp / dims.world_size
 
 
 def _refuse_unsupported(config: Any) -> None:
