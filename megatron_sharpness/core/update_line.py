@@ -180,7 +180,7 @@ class UpdateLine:
             read_in: the type that the forward pass casts weights to, where it is coarser than the
                 model's.
         """
-        for number, gradient in enumerate(gradients):
+        for number, gradient in zip(range(len(self.shards)), gradients, strict=True):
             self.add_products(number, gradient, total, read_in)
 
     @torch.no_grad()

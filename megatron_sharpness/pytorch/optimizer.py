@@ -176,7 +176,7 @@ class ObservedOptimizer:
             if self.error is None:
                 self._end()
                 if not self._inside:
-                    self._multiply(enumerate(gradients))
+                    self._multiply(zip(range(len(self._line.shards)), gradients, strict=True))
                 self._left = self._weights()
         except Exception as caught:
             self._fail(caught)

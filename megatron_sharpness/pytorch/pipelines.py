@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from megatron_sharpness.core.errors import InputError, ProbeError
 from megatron_sharpness.core.replay import of_all_ranks
 from megatron_sharpness.core.state import State
 
+if TYPE_CHECKING:
+    from torch.distributed.pipelining.schedules import (
+        PipelineScheduleMulti,
+        PipelineScheduleSingle,
+    )
+
 #: The schedules of ``torch.distributed.pipelining``: GPipe, 1F1B, interleaved, zero bubble, …
-Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+Schedule: TypeAlias = "PipelineScheduleSingle | PipelineScheduleMulti"
 
 #: Where a schedule notes that its stages are set up for passes, and for backward passes, too.
 _FORWARD = ("_stage_forward_initialized", "_stages_forward_initialized")
 _BACKWARD = ("_stage_backward_initialized", "_stages_backward_initialized")
+
+
+def _kinds() -> tuple[Any, ...]:
+    """The classes of schedules, if a loop has imported them: a quarter of a second for others."""
+    module: Any = sys.modules.get("torch.distributed.pipelining.schedules")
+    return () if module is None else (module.PipelineScheduleSingle, module.PipelineScheduleMulti)
 
 
 def model_of(given: Any) -> nn.Module:
@@ -32,7 +44,7 @@ def model_of(given: Any) -> nn.Module:
     """
     if isinstance(given, nn.Module):
         return given
-    if isinstance(given, (PipelineScheduleSingle, PipelineScheduleMulti)):
+    if isinstance(given, _kinds()):
         return PipelinedModel(given)
     raise InputError(
         f"model: {type(given).__name__} is no torch.nn.Module, whose passes can be observed; give "
@@ -56,11 +68,10 @@ class PipelinedModel(nn.ModuleList):
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        stages: list[Any]
-        if isinstance(schedule, PipelineScheduleSingle):
-            stages = [schedule._stage]
-        else:
-            stages = list(schedule._stages)
+        single, _ = _kinds()
+        of_schedule: Any = schedule
+        several = not isinstance(schedule, single)
+        stages = list(of_schedule._stages) if several else [of_schedule._stage]
         super().__init__(stage.submod for stage in stages)
         self._schedule, self._stages = schedule, stages
         self._watched: list[tuple[Any, Any]] = []
@@ -168,7 +179,7 @@ def _no_schedule() -> Iterator[None]:
             "model"
         )
 
-    kinds: tuple[Any, ...] = (PipelineScheduleSingle, PipelineScheduleMulti)
+    kinds = _kinds()
     own = [vars(kind).get("eval") for kind in kinds]
     for kind in kinds:
         kind.eval = refuse

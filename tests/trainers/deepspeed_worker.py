@@ -31,7 +31,7 @@ from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.sinks import DeepSpeedSink
 from tests.digest import hash_of, random_states
 from tests.processes import ROOT
-from tests.pytorch.gpt import GPT, loss_sum, make_batch, make_gpt
+from tests.pytorch.gpt import ModularGPT, loss_sum, make_batch, make_gpt
 
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
@@ -40,26 +40,6 @@ LR, DECAY, LIMIT = 1e-2, 0.1, 0.5
 
 #: torch's, for DeepSpeed's own would have to be compiled.
 ADAMW = {"type": "AdamW", "params": {"lr": LR, "weight_decay": DECAY, "torch_adam": True}}
-
-
-class Model(GPT):
-    """The GPT in any precision: its buffer is in fp32."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = self.position(torch.arange(tokens.shape[1]))
-        x = self.embedding(tokens) + positions + (0.1 * self.passes * positions[0]).to(positions)
-        if self.training:
-            self.passes += 1.0
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
-
-
-def make_model(dropout: float, checkpointed: bool = False) -> nn.Module:
-    model = make_gpt(dropout, checkpointed=checkpointed)
-    model.__class__ = Model
-    return model
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -96,7 +76,7 @@ def train(
         configuration: of DeepSpeed.
     """
     torch.manual_seed(0)
-    model = make_model(dropout, checkpointed)
+    model = make_gpt(dropout, checkpointed=checkpointed, kind=ModularGPT)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=groups(model),
@@ -169,7 +149,7 @@ def digest(engine: Any, optimizer: Any, losses: list[Tensor]) -> dict[str, str]:
 
 def train_under_ddp(steps: int = 6) -> list[dict[str, Any]]:
     """The records of the same training in PyTorch alone."""
-    model = DistributedDataParallel(make_model(0.0))
+    model = DistributedDataParallel(make_gpt(0.0, kind=ModularGPT))
     optimizer = AdamW(groups(model), lr=LR)
     sharpness = CriticalSharpness(model, optimizer, 2)
     records = []
@@ -231,7 +211,7 @@ def without_and_with(options: dict[str, Any]) -> dict[str, Any]:
 
 def refusals() -> dict[str, str]:
     """Of what the CPU cannot be asked for as well: the engine is told that it has it."""
-    model = make_model(0.0)
+    model = make_gpt(0.0, kind=ModularGPT)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=groups(model),

@@ -24,6 +24,17 @@ from tests.processes import ROOT, start_ranks
 #: What each rank wrote, for ``processes`` of them; 0 is a script without a launcher.
 Ranks = list[dict[str, Any]]
 
+#: What a trainer that logs by plain names has added in a step measured.
+LOGGED = {
+    "critical_sharpness",
+    "critical_learning_rate",
+    "learning_rate_over_critical",
+    "directional_sharpness",
+    "edge_of_stability",
+    "critical_sharpness_evaluations",
+    "critical_sharpness_seconds",
+}
+
 
 def require(name: str, package: str) -> list[str]:
     """The paths to import ``package`` from; skips the module where it is in none.
@@ -108,6 +119,13 @@ def check_records(result: dict[str, Any], due: list[int], *, slope: float = 1e-5
         assert anew["lower"] <= anew["loss"] < anew["upper"]
         assert record["critical_lr_lower"] > 3 / 4 * record["critical_lr_upper"] * (1 - 1e-9)
         assert record["replay_error"] <= 2e-6 * record["loss"]  # the trainer gives its own loss
+
+
+def check_found(records: list[dict[str, Any]], due: list[int]) -> None:
+    """All due measurements were made, and found the critical learning rate."""
+    assert [(record["iteration"], record["status"]) for record in records] == [
+        (iteration, "found") for iteration in due
+    ], [record["reason"] for record in records]
 
 
 def check_resumed_without_state(runs: dict[str, Any], due: list[int]) -> None:

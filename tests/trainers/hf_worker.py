@@ -101,6 +101,9 @@ class Witness(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
 
+    def weights(self) -> dict[str, Tensor]:
+        return whole(self.model)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         self.model = model
         model.register_forward_pre_hook(self.keep, with_kwargs=True)
@@ -114,10 +117,10 @@ class Witness(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         lr = optimizer.param_groups[0]["lr"]
-        self.steps.append({"before": whole(self.model), "lr": lr, "passes": self.passes})
+        self.steps.append({"before": self.weights(), "lr": lr, "passes": self.passes})
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.steps[-1]["after"] = whole(self.model)
+        self.steps[-1]["after"] = self.weights()
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from megatron_sharpness.core.update_line import UpdateLine  # noqa: E402
 from megatron_sharpness.pytorch import CriticalSharpness  # noqa: E402
 from tests.digest import hash_of, random_states  # noqa: E402
 from tests.processes import ROOT  # noqa: E402
-from tests.pytorch.gpt import GPT, Block, loss_sum, make_batch, make_gpt  # noqa: E402
+from tests.pytorch.gpt import Block, ModularGPT, loss_sum, make_batch, make_gpt  # noqa: E402
 
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
@@ -46,25 +46,8 @@ LR, DECAY = 1e-2, 0.1
 Made = tuple[nn.Module, Optimizer]
 
 
-class Model(GPT):
-    """The GPT, its positions read by their own module: the package waits for what the modules that
-    are called have gathered."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = self.position(torch.arange(tokens.shape[1]))
-        x = self.embedding(tokens) + positions + 0.1 * self.passes * positions[0]
-        if self.training:
-            self.passes += 1.0
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
-
-
 def make_model(dropout: float, dtype: torch.dtype) -> nn.Module:
-    model = make_gpt(dropout)
-    model.__class__ = Model
-    return model.to(dtype)
+    return make_gpt(dropout, kind=ModularGPT).to(dtype)
 
 
 def adamw(model: nn.Module) -> AdamW:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from .harness import Ranks, require, untimed, worker_fixture
+from .harness import Ranks, check_found, require, untimed, worker_fixture
 
 PATHS = require("deepspeed", "deepspeed")
 
@@ -31,13 +29,13 @@ OTHERS = [
 def test_training_is_bit_for_bit_the_same(name: str, pair: Ranks) -> None:
     for rank in pair:
         assert rank[name]["on"]["training"] == rank[name]["off"]["training"]
-        check_found(rank[name]["on"]["records"])
+        check_found(rank[name]["on"]["records"], DUE)
 
 
 @pytest.mark.parametrize("name", FP32)
 def test_the_number_is_that_of_the_step_under_ddp(name: str, pair: Ranks) -> None:
     records, expected = pair[0]["number"][name], pair[0]["ddp"]
-    check_found(records)
+    check_found(records, DUE)
     # Of a step in fp32 without ZeRO DeepSpeed keeps no norm of what it clips: the slope is left
     # out, and the search, which begins from it elsewhere, ends in another bracket.
     slope = name != "fp32 0"
@@ -153,9 +151,3 @@ def test_a_resumed_trainer_measures_what_an_uninterrupted_one_does(trainer: Rank
     whole, resumed = trainer[0]["whole"], trainer[0]["resumed"]
     assert resumed["training"]["stepped"] == whole["training"]["stepped"]
     assert untimed(resumed["records"]) == untimed(whole["records"])[-2:]
-
-
-def check_found(records: list[dict[str, Any]]) -> None:
-    assert [(record["iteration"], record["status"]) for record in records] == [
-        (iteration, "found") for iteration in DUE
-    ], [record["reason"] for record in records]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from .harness import (
+    LOGGED,
     check_records,
     check_resumed_without_state,
     require,
@@ -21,15 +22,6 @@ alone = worker_fixture("lightning_worker", "alone", 0, PATHS)
 pair = worker_fixture("lightning_worker", "pair", 2, PATHS)
 
 DUE = [2, 4, 6, 8]
-LOGGED = {
-    "critical_sharpness",
-    "critical_learning_rate",
-    "learning_rate_over_critical",
-    "directional_sharpness",
-    "edge_of_stability",
-    "critical_sharpness_evaluations",
-    "critical_sharpness_seconds",
-}
 
 
 @pytest.fixture(params=["single", "autocast", "ddp", "fsdp2"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from .harness import Ranks, require, worker_fixture
+from .harness import Ranks, check_found, require, worker_fixture
 
 pair = worker_fixture("megatron_fsdp_worker", "pair", 2, require("megatron-fsdp", "megatron_fsdp"))
 
@@ -20,13 +18,13 @@ OTHERS = ["accumulated", "accumulated, optim", "hybrid", "one precision", "valid
 def test_training_is_bit_for_bit_the_same(name: str, pair: Ranks) -> None:
     for rank in pair:
         assert rank[name]["on"]["training"] == rank[name]["off"]["training"]
-        check_found(rank[name]["on"]["records"])
+        check_found(rank[name]["on"]["records"], DUE)
 
 
 @pytest.mark.parametrize("name", FP32)
 def test_the_number_is_that_of_fsdp2(name: str, pair: Ranks) -> None:
     records, expected = pair[0][name]["number"]["records"], pair[0]["fsdp2"]["records"]
-    check_found(records)
+    check_found(records, DUE)
     for record, other in zip(records, expected, strict=True):
         for key in ("loss", "slope", "update_norm", "critical_lr"):
             assert record[key] == pytest.approx(other[key], rel=1e-5), key
@@ -36,7 +34,7 @@ def test_the_number_is_that_of_fsdp2(name: str, pair: Ranks) -> None:
 @pytest.mark.parametrize("name", BF16)
 def test_in_16_bits_the_number_is_that_without_sharding(name: str, pair: Ranks) -> None:
     records, expected = pair[0][name]["number"]["records"], pair[0][BF16[0]]["number"]["records"]
-    check_found(records)
+    check_found(records, DUE)
     for record, other, exact in zip(records, expected, pair[0]["fsdp2"]["records"], strict=True):
         assert record["critical_lr"] == pytest.approx(other["critical_lr"], rel=2e-3)
         assert record["critical_lr"] == pytest.approx(exact["critical_lr"], rel=0.05)
@@ -78,9 +76,3 @@ def test_the_loop_of_the_page_runs(pair: Ranks) -> None:
     records = pair[0]["page"]
     assert [record["iteration"] for record in records] == [0, 20, 40, 60, 80]
     assert all(record["status"] == "found" for record in records)
-
-
-def check_found(records: list[dict[str, Any]]) -> None:
-    assert [(record["iteration"], record["status"]) for record in records] == [
-        (iteration, "found") for iteration in DUE
-    ], [record["reason"] for record in records]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from .harness import (
+    LOGGED,
     check_records,
     check_resumed_without_state,
     require,
@@ -23,15 +24,6 @@ alone = worker_fixture("nemo_automodel_worker", "alone", 1, PATHS)
 pair = worker_fixture("nemo_automodel_worker", "pair", 2, PATHS)
 
 DUE = [0, 2, 4]  # AutoModel counts from 0
-ADDED = {
-    "critical_sharpness",
-    "critical_learning_rate",
-    "learning_rate_over_critical",
-    "directional_sharpness",
-    "edge_of_stability",
-    "critical_sharpness_evaluations",
-    "critical_sharpness_seconds",
-}
 TIMES = {"timestamp", "tps", "tps_per_gpu", "mfu"}
 
 
@@ -43,7 +35,7 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 def of_training(logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The metrics without what this package adds and without times."""
-    return [{k: v for k, v in line.items() if k not in ADDED | TIMES} for line in logged]
+    return [{k: v for k, v in line.items() if k not in LOGGED | TIMES} for line in logged]
 
 
 def check_same(off: dict[str, Any], on: dict[str, Any]) -> None:
@@ -69,10 +61,10 @@ def test_records_agree_with_the_definitions(ranks: list[dict[str, Any]]) -> None
 
 def test_metrics_hold_the_records(ranks: list[dict[str, Any]]) -> None:
     records, logged = ranks[0]["on"]["records"], ranks[0]["on"]["logged"]
-    measured = [line for line in logged if line.keys() & ADDED]
+    measured = [line for line in logged if line.keys() & LOGGED]
     assert [line["step"] for line in measured] == DUE
     for line, record in zip(measured, records, strict=True):
-        assert line.keys() >= ADDED
+        assert line.keys() >= LOGGED
         assert line["critical_sharpness"] == record["critical_sharpness"]
         assert line["critical_learning_rate"] == record["critical_lr"]
         assert line["loss"] == pytest.approx(record["loss"], rel=1e-6)

@@ -33,7 +33,6 @@ from transformers import (
     Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -42,6 +41,7 @@ from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.trainers.hf import CriticalSharpnessCallback
 from tests.digest import hash_of, random_states
 from tests.processes import ROOT
+from tests.trainers import hf_worker
 from tests.trainers.hf_worker import CONFIG, Records, dataset, digest, summed
 
 STEPS, BETA = 4, 0.5
@@ -131,30 +131,16 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
 
-class Witness(TrainerCallback):
-    """Keeps what it takes to evaluate each step's loss anew, without the package."""
+class Witness(hf_worker.Witness):
+    """Of what trains alone, and of more than tokens and labels."""
 
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Any]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        self.model = model
-        model.register_forward_pre_hook(self.keep, with_kwargs=True)
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.passes: list[Any] = []
+    def weights(self) -> dict[str, Tensor]:
+        return trained(self.model)
 
     def keep(self, _: Any, __: Any, given: Any) -> None:
         if torch.is_grad_enabled():
             given = {name: value for name, value in given.items() if name in READ}
             self.passes.append((given, torch.get_rng_state()))
-
-    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
-        lr = optimizer.param_groups[0]["lr"]
-        self.steps.append({"before": trained(self.model), "lr": lr, "passes": self.passes})
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.steps[-1]["after"] = trained(self.model)
 
 
 #: What a model's loss depends on.

@@ -6,6 +6,7 @@ Nothing is imported from DeepSpeed before it has been by who trains with it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -23,15 +24,21 @@ from megatron_sharpness.pytorch.shards.tensors import Tensors
 NOTED = ("_external_params", "ds_recompute_parameters")
 
 
-class DeepSpeedShards(Tensors):
+class DeepSpeedShards(Tensors, ABC):
     """Those of the optimizer that ``deepspeed.initialize`` returns, where it is around another."""
 
     #: Whether each rank steps a part of the weights, and not all of them as every other does.
     partitioned = True
 
+    #: Where the optimizer keeps the model's parameters, by group.
+    models = "fp16_groups"
+
+    @abstractmethod
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What is stepped, and where the model reads the same elements."""
-        raise NotImplementedError
+
+    def of_model(self) -> list[Tensor]:
+        return list(chain.from_iterable(getattr(self.optimizer, self.models)))
 
     def parameters(self) -> list[Tensor]:
         return [main for main, _ in self.pairs()]
@@ -77,9 +84,6 @@ class WholeShards(DeepSpeedShards):
 
     partitioned = False
 
-    def of_model(self) -> list[Tensor]:
-        return list(chain.from_iterable(self.optimizer.fp16_groups))
-
 
 class FlatShards(WholeShards):
     """Each group in one tensor."""
@@ -103,9 +107,6 @@ class PartitionShards(DeepSpeedShards):
         "single_partition_of_fp32_groups", "bit16_groups", "parallel_partitioned_bit16_groups"
     )  # fmt: skip
     flat = "bit16_groups_flat"
-
-    def of_model(self) -> list[Tensor]:
-        return list(chain.from_iterable(getattr(self.optimizer, self.models)))
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for main, parts, group in zip(
@@ -151,9 +152,6 @@ class GatheredShards(DeepSpeedShards):
     def steps_on_gradients(self) -> bool:
         # In a step after which the loss is scaled by more, it divides gradients by that already.
         return super().steps_on_gradients and self._scale == self.optimizer.loss_scale
-
-    def of_model(self) -> list[Tensor]:
-        return list(chain.from_iterable(self.optimizer.fp16_groups))
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(
