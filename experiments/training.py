@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from megatron_sharpness.report.records import column as column  # of records, Na
 #: A measurement's fields, and ``exact_directional_sharpness``, ``hessian_sharpness``,
 #: ``preconditioned_sharpness`` where exact curvature was computed.
 Row = dict[str, Any]
+#: Records by the name of their run.
+Runs = dict[str, list[Row]]
+#: What is claimed, the case that a number of ours is of, the number, and the range in which it
+#: bears the claim out.
+Found = Iterator[tuple[str, str, float, float, float]]
 
 
 def train(

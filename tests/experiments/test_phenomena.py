@@ -15,6 +15,7 @@ from experiments.adam_edge import run as adam_edge
 from experiments.batch import run as batch
 from experiments.fcn import run as fcn
 from experiments.gpt_wsd import run as gpt
+from experiments.gpt_wsd.claims import rise
 from experiments.parts import run as parts
 from experiments.uv import model as uv
 from experiments.weight_decay import run as weight_decay
@@ -30,9 +31,9 @@ def test_the_records_bear_the_claim_out(claim: claims.Claim) -> None:
 
 def test_the_readmes_have_these_numbers() -> None:
     assert claims.table() in (ROOT / "experiments" / "README.md").read_text()
-    number = sum(len(list(claims.rows(name))) for name in claims.CLAIMS)
+    number = sum(len(list(claims.rows(name))) for name in claims.EXPERIMENTS)
     assert f"{number} claims" in (ROOT / "README.md").read_text()
-    for name in claims.CLAIMS:
+    for name in claims.EXPERIMENTS:
         assert claims.table_of(name) in (ROOT / "experiments" / name / "README.md").read_text()
 
 
@@ -76,7 +77,7 @@ def test_adam_settles_at_two_edges() -> None:
 
 def test_critical_sharpness_of_a_gpt_rises_when_the_learning_rate_decays() -> None:
     rows = gpt.run("wsd", gpt.RATES[-1], exact_every=gpt.STEPS)
-    assert claims.rise(rows) > 1.3
+    assert rise(rows) > 1.3
 
 
 def test_a_small_batch_and_another_are_measured_along_one_step(
