@@ -131,4 +131,6 @@ def read(folder: Path) -> dict[str, list[Row]]:
 
 def _short(value: Any) -> Any:
     """Six digits: what is read from a figure, at a third of the size."""
+    if isinstance(value, dict):
+        return {key: _short(held) for key, held in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

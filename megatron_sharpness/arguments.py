@@ -24,6 +24,7 @@ FLAGS = {
     "watch": "--critical-sharpness-watch",
     "parts": "--critical-sharpness-parts",
     "parts_every": "--critical-sharpness-parts-every",
+    "adam_snr": "--measure-adam-snr",
     "alarm": "--critical-sharpness-alarm",
     "alarm_after": "--critical-sharpness-alarm-after",
     "alarm_every": "--critical-sharpness-alarm-every",
@@ -155,6 +156,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="Do so at every iteration that N divides, a multiple of the interval of measurements "
         "(default: at each of them). A part takes two or three forward passes.",
+    )
+    group.add_argument(
+        FLAGS["adam_snr"],
+        action="store_true",
+        help="Measure the signal-to-noise ratios of Adam's second moments, too: which of them "
+        "could be replaced by their means, and how much memory that would save (arXiv 2503.01843).",
     )
     group.add_argument(
         FLAGS["alarm"],

@@ -45,6 +45,10 @@ TAGS = {
     "critical-sharpness-seconds": "seconds",
 }
 
+#: What the means of second moments are taken over: the columns of each row, the rows of each
+#: column, or all (:mod:`megatron_sharpness.core.second_moments`).
+OVER = ("fan_in", "fan_out", "both")
+
 
 #: The name of the step's own batch, which a loss on other data cannot have.
 TRAIN = "train"
@@ -120,6 +124,8 @@ class Measurement:
             nobody could test them before: nothing was changed, and L(θ) was replayed exactly. None
             where there are none, or where the test is not passed.
         reason: what was seen, where the status does not say it all.
+        adam_snr: signal-to-noise ratios of the optimizer's second moments by kind of layer
+            (:func:`megatron_sharpness.core.second_moments.by_kind`), where they were asked for.
     """
 
     iteration: int
@@ -148,6 +154,7 @@ class Measurement:
     self_tested: str | None = None
     part: str | None = None
     reason: str | None = None
+    adam_snr: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -172,6 +179,8 @@ class Measurement:
         values = {tag: _finite(getattr(self, field)) for tag, field in TAGS.items()}
         if self.name != TRAIN:
             values = {f"{tag}/{self.name}": values[tag] for tag in RELATIVE_TAGS}
+        for kind, ratios in (self.adam_snr or {}).items():
+            values |= {f"adam-snr/{kind}/{over}": ratios[over] for over in OVER}
         return {tag: float(value) for tag, value in values.items() if value is not None}
 
 

@@ -37,6 +37,17 @@ def read_by_forward(parameter: Any) -> Tensor:
     return item.detach()
 
 
+def start_in_weight(parameter: Any) -> int:
+    """Where in its flattened weight the elements of ``parameter`` begin that this rank steps."""
+    original = parameter.orig_param
+    buffer = module_of(parameter).param_and_grad_buffer
+    group = buffer.parameter_groups[buffer.param_to_param_group[original]]
+    stepped = group.main_weight_buffer or group.model_weight_buffer
+    if stepped is None or not stepped.is_data_distributed:
+        return 0
+    return int(stepped._get_item_slice_in_shard(stepped.param_idx[original])[0])
+
+
 def settle_gathers(module: Any) -> None:
     """Wait for the gathers of a ``MegatronFSDP`` module that are in flight."""
     pipeline = module.all_gather_pipeline

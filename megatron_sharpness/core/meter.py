@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
+import torch
+
 from megatron_sharpness.core.alarm import Alarm, AlarmBell
 from megatron_sharpness.core.checks import Ending, WrongLoss, disturbed
 from megatron_sharpness.core.errors import ProbeError, reason_of
@@ -25,6 +27,7 @@ from megatron_sharpness.core.search import (
     find_critical_lrs,
     first_probe,
 )
+from megatron_sharpness.core.second_moments import SecondMoments, Source
 from megatron_sharpness.core.self_test import SelfTest
 from megatron_sharpness.core.settings import Settings
 from megatron_sharpness.core.step import LossAt, LossesAt, PartLossAt, Step
@@ -49,6 +52,7 @@ class Meter:
         guesses: η_c last found, where the next search starts, by name of the data.
         test: what the run has shown of its losses.
         bell: the alarm.
+        moments: what measures the optimizer's second moments, where that is asked for.
         ended: why nothing more is measured, if so.
 
     Args:
@@ -70,12 +74,15 @@ class Meter:
     test: SelfTest = field(default_factory=SelfTest, init=False)
     ended: str | None = field(default=None, init=False)
     bell: AlarmBell = field(init=False)
+    moments: SecondMoments | None = field(default=None, init=False)
     _watched: bool = field(default=False, init=False)
     _passed: bool = field(default=False, init=False)
     _silent: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.bell = AlarmBell(self.settings.alarm, self.settings.alarm_after)
+        if self.settings.adam_snr:
+            self.moments = SecondMoments(lambda text: self.warn(text))  # which may be set later
 
     def due(self, iteration: int) -> bool:
         """Whether ``iteration`` is to be measured: more of them are while the alarm rings."""
@@ -86,6 +93,21 @@ class Meter:
         """Whether the coming measurement is to be watched: the first one, or each."""
         first = not self._watched or (bool(self.self_tested) and not self._passed)
         return self.ended is None and (self.settings.watch == "always" or first)
+
+    def with_second_moments(
+        self, step: Step, sources: Callable[[], Sequence[Source]], device: torch.device
+    ) -> Step:
+        """The step with what its optimizers' second moments say, where that is asked for.
+        Collective.
+
+        Args:
+            step: that has been made.
+            sources: gives where they lie; on every rank as many.
+            device: where the process group reduces.
+        """
+        if self.moments is None or self.ended is not None or not step.has_moved:
+            return step
+        return replace(step, adam_snr=self.moments.measure(sources, device))
 
     def measure(
         self,

@@ -33,6 +33,8 @@ class Settings:
             ``layers``, or regular expressions of parameters' names, by name of the part
             (:mod:`megatron_sharpness.core.parts`).
         parts_every: their interval in iterations, a multiple of ``every``; that itself if None.
+        adam_snr: whether the signal-to-noise ratios of Adam's second moments are measured, too
+            (:mod:`megatron_sharpness.core.second_moments`).
         alarm: η/η_c above which the alarm rings; None never.
         alarm_after: how many measurements in a row it takes to begin, and to end.
         alarm_every: interval in iterations while it rings; ``every`` if None.
@@ -52,6 +54,7 @@ class Settings:
     watch: Literal["first", "always"] = "first"
     parts: str | Mapping[str, str] | None = None
     parts_every: int | None = None
+    adam_snr: bool = False
     alarm: float | None = None
     alarm_after: int = 2
     alarm_every: int | None = None
@@ -93,6 +96,14 @@ class Settings:
             raise SettingError("on_error", self.on_error, "give 'warn', to train on, or 'raise'")
         if self.watch not in ("first", "always"):
             raise SettingError("watch", self.watch, "give 'first' or 'always'")
+        if not isinstance(self.adam_snr, bool):
+            raise SettingError("adam_snr", self.adam_snr, "give True, or leave it out")
+        if self.adam_snr and not self.every:
+            raise SettingError(
+                "adam_snr",
+                self.adam_snr,
+                "it is measured where critical sharpness is, which is off; give an interval",
+            )
         self._check_parts()
         self._check_alarm()
 

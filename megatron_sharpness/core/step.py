@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_sharpness.core.directional import estimate_directional_sharpness
 from megatron_sharpness.core.measurement import (
@@ -47,6 +48,7 @@ class Step:
         part: whose update alone this is, the whole model's if empty. Then ``slope``, ``noise``,
             ``resolution`` and ``update_norm`` are of that.
         parts: the step again for each part that is to be measured.
+        adam_snr: of the record of the step's own batch.
 
     The other fields are those of :class:`~megatron_sharpness.core.measurement.Measurement`.
     """
@@ -69,6 +71,12 @@ class Step:
     started: float = field(default_factory=time.perf_counter)
     part: str = ""
     parts: Sequence[Step] = ()
+    adam_snr: Mapping[str, Mapping[str, Any]] | None = None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether there is an update."""
+        return not (self.failed or self.skipped or self.lr == 0.0)
 
     def with_parts(self, names: Iterable[str]) -> Step:
         """The same with a step of each part, of which nothing else is known."""
@@ -115,6 +123,7 @@ class Step:
             status="failed",
             slope=self.slope if name == TRAIN else None,
             update_norm=self.update_norm,
+            adam_snr=self.adam_snr if name == TRAIN and not self.part else None,
         )
         if self.lr == 0.0:
             return record

@@ -35,7 +35,8 @@ def hooked(add_megatron_arguments: Function, validate_args: Function) -> tuple[F
         validated = validate_args(args, *rest, **kwargs)
         frozen = args.critical_sharpness_frozen is not None  # and must not train, measured or not
         trial = Trial.asked_for()
-        if args.measure_critical_sharpness_every or frozen or trial is not None:
+        asked = args.measure_critical_sharpness_every or args.measure_adam_snr
+        if asked or frozen or trial is not None:
             try:
                 from megatron_sharpness.megatron.hook import attach
                 from megatron_sharpness.megatron.trial import attach_trial

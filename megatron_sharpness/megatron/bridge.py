@@ -34,6 +34,7 @@ try:
     from megatron_sharpness.megatron.parts import PartsOfModel
     from megatron_sharpness.megatron.quiet import quiet
     from megatron_sharpness.megatron.replay import RecordingSchedule, current_device
+    from megatron_sharpness.megatron.second_moments import check_has_moments
     from megatron_sharpness.megatron.shards import trained_tensors
     from megatron_sharpness.megatron.step import ObservedStep
     from megatron_sharpness.megatron.support import refuse_unsupported
@@ -141,6 +142,8 @@ class CriticalSharpnessCallback(Callback):
                 "out of MegatronMIMO's and DistTrain's loops."
             )
         refuse_unsupported(_options(context), self_tests=False)
+        if self._settings.adam_snr:
+            check_has_moments(_options(context))
         if self._frozen is not None and state.cfg.checkpoint.save is not None:
             raise SettingError(
                 "frozen",

@@ -48,6 +48,7 @@ from megatron_sharpness.megatron import graphs
 from megatron_sharpness.megatron.parts import PartsOfModel
 from megatron_sharpness.megatron.quiet import quiet
 from megatron_sharpness.megatron.replay import RecordingSchedule, current_device, noting
+from megatron_sharpness.megatron.second_moments import check_has_moments
 from megatron_sharpness.megatron.shards import trained_tensors
 from megatron_sharpness.megatron.step import ObservedStep
 from megatron_sharpness.megatron.support import (
@@ -228,6 +229,13 @@ def _parts_of(chosen: str | Mapping[str, str], model: Any, optimizer: Any) -> Pa
         raise as_flag(error) from None
 
 
+def _check_has_moments(args: Any) -> None:
+    try:
+        check_has_moments(args)
+    except SettingError as error:
+        raise as_flag(error) from None
+
+
 def _sinks() -> list[Sink]:
     """Megatron's own loggers, as they are on its writer rank, and the JSON lines."""
     args = get_args()
@@ -267,6 +275,8 @@ def attach(args: Any, recorder: Recorder | None = None) -> None:
     )
     check_log_is_writable(args)
     refuse_unsupported(args)
+    if settings.adam_snr:
+        _check_has_moments(args)
     for fault in faults_of_megatron(args):
         warnings.warn(f"Megatron itself is wrong here: {fault}", stacklevel=2)
     check_interfaces(NEEDED, getattr(training, "train_step", None))

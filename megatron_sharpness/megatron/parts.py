@@ -10,6 +10,7 @@ from typing import Any
 from megatron_sharpness.core.parts import Weight, parts_of, tag_of
 from megatron_sharpness.core.replay import of_all_ranks
 from megatron_sharpness.megatron.shards import Leaf, leaves_of
+from megatron_sharpness.megatron.shards.gathers import Stepped
 
 #: Of the weight that the first and the last pipeline stage have each a copy of.
 _SHARED = "embedding.word_embeddings.weight"
@@ -34,7 +35,7 @@ class PartsOfModel:
     def __init__(
         self, chosen: str | Mapping[str, str], model: Sequence[Any], optimizer: Any
     ) -> None:
-        names = _names(model)
+        names = names_of(model)
         weights = {id(leaf.optimizer): _weights(leaf, names) for leaf in leaves_of(optimizer)}
         parts = parts_of(chosen, list(chain.from_iterable(weights.values())), of_all_ranks)
         self.names = parts.names
@@ -57,14 +58,19 @@ def _weights(leaf: Leaf, names: Mapping[int, str]) -> list[Weight]:
     }
     return [
         Weight(
-            names.get(id(each.weight)) or names.get(id(each.parameter), ""),
+            name_of(each, names),
             groups.get(id(each.parameter), ""),
         )
         for each in stepped
     ]
 
 
-def _names(model: Sequence[Any]) -> dict[int, str]:
+def name_of(stepped: Stepped, names: Mapping[int, str]) -> str:
+    """What the model calls it; empty if nothing."""
+    return names.get(id(stepped.weight)) or names.get(id(stepped.parameter), "")
+
+
+def names_of(model: Sequence[Any]) -> dict[int, str]:
     """The names of the parameters of this rank, by their ids, layers by their number in the whole
     model."""
     found = {}

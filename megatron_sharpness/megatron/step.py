@@ -29,6 +29,7 @@ from megatron_sharpness.megatron.replay import (
     RecordingSchedule,
     current_device,
 )
+from megatron_sharpness.megatron.second_moments import sources_of
 from megatron_sharpness.megatron.watch import watch_over
 
 #: Why Megatron does not step.
@@ -136,6 +137,10 @@ class ObservedStep:
         """
         self._verifies = bool(meter.self_tested) and meter.watches
         step = self._agree(iteration, consumed_samples, schedule, trained)
+        leaves = [leaf for _, leaf in self.line.lines]
+        step = meter.with_second_moments(
+            step, lambda: sources_of(leaves, self.line.model), current_device()
+        )
         if frozen and step.failed is not None:
             raise RuntimeError(f"iteration {iteration} could not be taken back: {step.failed}")
 

@@ -19,7 +19,9 @@ from megatron_sharpness.core.settings import Settings, check_sinks
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.pytorch.losses import Evaluate, LossSum
 from megatron_sharpness.pytorch.parts import PartsOfModel
+from megatron_sharpness.pytorch.passes import collective_device
 from megatron_sharpness.pytorch.pipelines import PipelinedModel, Schedule, model_of
+from megatron_sharpness.pytorch.second_moments import check_has_moments
 from megatron_sharpness.pytorch.step import ObservedStep
 from megatron_sharpness.pytorch.support import (
     inner_optimizer,
@@ -93,6 +95,8 @@ class CriticalSharpness:
         self._optimizers = optimizers
         self._losses = losses_by_name(losses or {})
         check_sinks(sinks)
+        if self._settings.adam_snr:
+            check_has_moments(optimizers)
         if not isinstance(keep, Iterable):
             raise SettingError("keep", keep, "give a list of objects")
         if frozen is not None and (not isinstance(frozen, int) or frozen < 0):
@@ -246,6 +250,8 @@ class CriticalSharpness:
             if not measures:
                 return None
             seen = observed.agree(step, trained=self._mode == "train", **given)
+            seen = meter.with_second_moments(seen, observed.second_moments, collective_device())
+
             def part_loss_at(part: str, learning_rate: float) -> tuple[float, int]:
                 return loss_at(learning_rate / seen.lr, part)
 

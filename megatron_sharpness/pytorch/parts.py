@@ -58,9 +58,7 @@ class PartsOfModel:
 
 def _weights(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, Weight]:
     """Name and group of each parameter that trains, by its id."""
-    models = model if isinstance(model, PipelinedModel) else [model]
-    named = [entry for one in models for entry in one.named_parameters()]
-    names = {id(parameter): _unwrapped(name) for name, parameter in named}
+    names = names_of(model)
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     kinds = Counter(type(optimizer).__name__ for optimizer, _ in groups)
     numbers: Counter[str] = Counter()
@@ -72,10 +70,22 @@ def _weights(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, Wei
         for parameter in group["params"]:
             if not parameter.requires_grad:
                 continue
-            original = getattr(parameter, "orig_param", None)  # of Megatron-FSDP's
-            name = names.get(id(parameter)) or names.get(id(original), "")
+            name = name_of(parameter, names)
             found[id(parameter)] = Weight(name, tag_of(str(group.get("name", label))))
     return found
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """The names of this rank's parameters in the model, by their ids."""
+    models = model if isinstance(model, PipelinedModel) else [model]
+    named = [entry for one in models for entry in one.named_parameters()]
+    return {id(parameter): _unwrapped(name) for name, parameter in named}
+
+
+def name_of(parameter: Tensor, names: Mapping[int, str]) -> str:
+    """What the model calls a parameter of an optimizer; empty if nothing."""
+    original = getattr(parameter, "orig_param", None)  # of Megatron-FSDP's
+    return names.get(id(parameter)) or names.get(id(original), "")
 
 
 def _unwrapped(name: str) -> str:

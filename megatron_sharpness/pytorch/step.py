@@ -20,6 +20,7 @@ from megatron_sharpness.core.errors import ProbeError
 from megatron_sharpness.core.megatron_fsdp import is_sharded
 from megatron_sharpness.core.products import StepProducts
 from megatron_sharpness.core.replay import RandomStates, all_max, all_sum, first_error, reduce_loss
+from megatron_sharpness.core.second_moments import Source
 from megatron_sharpness.core.state import State
 from megatron_sharpness.core.step import Step
 from megatron_sharpness.core.watch import Checksums, Watch
@@ -40,6 +41,7 @@ from megatron_sharpness.pytorch.passes import (
     state_of,
 )
 from megatron_sharpness.pytorch.pipelines import PipelinedModel
+from megatron_sharpness.pytorch.second_moments import sources_of
 from megatron_sharpness.pytorch.shards import OF_PASSES, local
 
 
@@ -175,6 +177,10 @@ class ObservedStep:
         given = {id(parameter) for seen in self._optimizers for parameter in seen.shards.of_model()}
         left_out = [p for p in self._model.parameters() if p.requires_grad and id(p) not in given]
         return Checksums(local(p) for p in left_out if not is_lazy(p))
+
+    def second_moments(self) -> list[Source]:
+        """Where those of Adam lie."""
+        return sources_of(self._model, [seen.shards for seen in self._optimizers])
 
     def check_undoable(self, number: int) -> None:
         """Collective.

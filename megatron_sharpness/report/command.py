@@ -17,6 +17,7 @@ from megatron_sharpness.report.records import (
     records_file,
     run_name,
 )
+from megatron_sharpness.report.second_moments import format_moments
 from megatron_sharpness.report.table import format_runs, format_status, format_table
 from megatron_sharpness.report.verdict import verdict_of
 
@@ -101,6 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(format_status(each), verdict_of(each), sep="\n")
         if each.parts:
             print(format_parts(each))
+        if moments := format_moments(each):
+            print(moments)
         if len(runs) == 1:
             print(*each.logged.notes, sep="\n")
         print()

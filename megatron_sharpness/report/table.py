@@ -29,7 +29,7 @@ _COLUMNS = (  # heading, field, format
 
 def format_table(records: list[Record]) -> str:
     """One line a record below a heading; ``-`` where a record holds no number."""
-    return _aligned(
+    return aligned(
         [heading for heading, _, _ in _COLUMNS],
         ([(record.get(field), spec) for _, field, spec in _COLUMNS] for record in records),
     )
@@ -47,7 +47,7 @@ def format_runs(runs: Iterable[Run]) -> str:
         row += [(number, ".3g") for number in numbers]
         rows.append([*row, (last_loss(run), ".4f"), (verdict_of(run).name, "s")])
     headings = ["run", "peak lr", "median lr/η_c", "largest", "λ_c", "loss", "verdict"]
-    return _aligned(headings, rows, to_the_left=(0, 6))
+    return aligned(headings, rows, to_the_left=(0, 6))
 
 
 def _peak(run: Run) -> float:
@@ -56,7 +56,7 @@ def _peak(run: Run) -> float:
     return float(np.max(rates[np.isfinite(rates)], initial=0.0))
 
 
-def _aligned(
+def aligned(
     headings: Sequence[str],
     rows: Iterable[Sequence[tuple[float | str | None, str]]],
     to_the_left: Sequence[int] = (),

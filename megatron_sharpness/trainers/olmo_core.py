@@ -67,6 +67,7 @@ class CriticalSharpnessCallback(Callback):
     watch: Literal["first", "always"] = "first"
     parts: str | Mapping[str, str] | None = None
     parts_every: int | None = None
+    adam_snr: bool = False
     alarm: float | None = None
     alarm_after: int = 2
     alarm_every: int | None = None

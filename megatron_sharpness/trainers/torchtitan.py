@@ -63,6 +63,9 @@ class CriticalSharpnessConfig:
     parts_every: int | None = None
     """At which steps: a multiple of ``every``. By default each time."""
 
+    adam_snr: bool = False
+    """Whether the signal-to-noise ratios of Adam's second moments are measured, too."""
+
     alarm: float | None = None
     """Learning rate over the critical one above which the alarm rings. By default never."""
 

@@ -6,6 +6,7 @@ Written from the equations, not from Megatron: a second opinion on what the hook
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ class Reference:
     relative_critical_lr: float
     directional_sharpness: float
     parts: dict[str, tuple[float, float, float]]  # slope, norm of the update, η_c
+    adam_snr: dict[str, dict[str, float]]  # of the second moments, by kind of matrix
 
 
 #: Parts of the model by name, which the flag has too, and what is in their parameters' names.
@@ -140,6 +142,7 @@ def measure(batch: dict[str, Tensor], other: dict[str, Tensor] | None = None) ->
         )
     return Reference(
         parts=parts,
+        adam_snr=ratios_of(gradients),
         loss=float(start),
         slope=slope,
         update_norm=math.sqrt(sum(float(torch.sum(u * u)) for u in update.values())),
@@ -148,6 +151,27 @@ def measure(batch: dict[str, Tensor], other: dict[str, Tensor] | None = None) ->
         # As the measurement estimates it, at the smallest η probed: the cold guess, the step's lr.
         directional_sharpness=2.0 * (along(LR) - float(start) + LR * slope) / (slope * LR * LR),
     )
+
+
+def ratios_of(gradients: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """(E[V])² / Var[V] of the first step's second moments, which are g² but for a factor."""
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for name, gradient in gradients.items():
+        if gradient.dim() != 2:
+            continue
+        v = gradient.square()
+        inputs = v.mean(1) ** 2 / v.var(1, correction=0)
+        outputs = v.mean(0) ** 2 / v.var(0, correction=0)
+        ratios = {
+            "fan_in": inputs[v.sum(1) > 0].mean().item(),
+            "fan_out": outputs[v.sum(0) > 0].mean().item(),
+            "both": (v.mean() ** 2 / v.var(correction=0)).item(),
+        }
+        kinds.setdefault(re.sub(r"layers\.\d+", "layers", name), []).append(ratios)
+    return {
+        kind: {over: sum(row[over] for row in rows) / len(rows) for over in rows[0]}
+        for kind, rows in kinds.items()
+    }
 
 
 def bisect(along: Callable[[float], float], start: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sharpness.core.measurement import OVER
 from megatron_sharpness.core.search import TOLERANCES
 from tests.megatron import reference
 from tests.megatron.harness import MODEL, Run, finish, other_data, run
@@ -88,6 +89,18 @@ def check_parts(
         assert record["loss"] == pytest.approx(expected.loss, rel=2e-6)
 
 
+SNR = "--measure-adam-snr"
+
+
+def check_moments(
+    measured: dict[str, Any], expected: dict[str, dict[str, float]], rel: float
+) -> None:
+    assert set(measured) == set(expected)
+    for kind, ratios in expected.items():
+        for over in OVER:
+            assert measured[kind][over] == pytest.approx(ratios[over], rel=rel), (kind, over)
+
+
 RARE = {"cp of four", "cp tp", "cp pp"}
 
 
@@ -100,12 +113,13 @@ def test_critical_lr_is_the_reference_under_every_layout(
     processes, flags = LAYOUTS[layout]
     others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
     result = run(
-        tmp_path, f"{flags} {others} {PARTS}", processes=processes, every=1, model=ONE_STEP,
+        tmp_path, f"{flags} {others} {PARTS} {SNR}", processes=processes, every=1, model=ONE_STEP,
         environment={"OBSERVED_FAULT": "canonical"},
     ).expect_success()  # fmt: skip
     (record,) = result.records
     (relative,) = result.relative_records
     check_parts(result.part_records, expected, bisection="bisection" in layout)
+    check_moments(record["adam_snr"], expected.adam_snr, rel=1e-4)
 
     assert record["status"] == relative["status"] == "found"
     lower, upper = relative["critical_lr_lower"], relative["critical_lr_upper"]
@@ -179,8 +193,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("whole")
     return {
         ties: run(
-            folder / (ties or "tied"), f"--use-distributed-optimizer {ties} {PARTS}", processes=2,
-            every=1, model=ONE_STEP,
+            folder / (ties or "tied"), f"--use-distributed-optimizer {ties} {PARTS} {SNR}",
+            processes=2, every=1, model=ONE_STEP,
         ).expect_success()
         for ties in ("", UNTIED)
     }  # fmt: skip
@@ -197,7 +211,7 @@ def test_critical_lr_does_not_depend_on_how_fsdp_shards(
     flags: str, tmp_path: Path, whole: dict[str, Run]
 ) -> None:
     result = run(
-        tmp_path, f"{flags} {PARTS}", processes=2, every=1, model=ONE_STEP
+        tmp_path, f"{flags} {PARTS} {SNR}", processes=2, every=1, model=ONE_STEP
     ).expect_success()  # fmt: skip
     (record,) = result.records
     plain = whole[UNTIED if UNTIED in flags else ""]
@@ -206,6 +220,7 @@ def test_critical_lr_does_not_depend_on_how_fsdp_shards(
     for name in ("loss", "slope", "update_norm", "critical_lr"):
         assert record[name] == pytest.approx(expected[name], rel=1e-5), name
     assert record["evaluations"] == expected["evaluations"]
+    check_moments(record["adam_snr"], expected["adam_snr"], rel=1e-4)
     for part, other in zip(result.part_records, plain.part_records, strict=True):
         assert (part["part"], part["status"]) == (other["part"], other["status"])
         for name in ("slope", "update_norm", "critical_lr"):
@@ -238,14 +253,15 @@ def test_critical_lr_does_not_depend_on_expert_parallelism(tmp_path: Path) -> No
     records = []
     for size in (1, 2):
         result = run(
-            tmp_path / str(size), f"{MIXTURE} --expert-model-parallel-size {size}", processes=2,
-            every=1, model=ONE_STEP, environment={"OBSERVED_FAULT": "canonical"},
+            tmp_path / str(size), f"{MIXTURE} {SNR} --expert-model-parallel-size {size}",
+            processes=2, every=1, model=ONE_STEP, environment={"OBSERVED_FAULT": "canonical"},
         ).expect_success()  # fmt: skip
         records += result.records
     alone, parallel = records
     assert alone["status"] == parallel["status"] == "found"
     for name in ("loss", "critical_lr", "slope", "update_norm"):
         assert parallel[name] == pytest.approx(alone[name], rel=1e-4), name
+    check_moments(parallel["adam_snr"], alone["adam_snr"], rel=1e-3)
 
 
 def test_weights_gathered_behind_the_forward_pass_give_the_same_numbers(tmp_path: Path) -> None:
@@ -303,7 +319,9 @@ def test_critical_lr_does_not_depend_on_where_the_masters_are(
 ) -> None:
     records = []
     for i, chosen in enumerate(("--use-distributed-optimizer", f"{MASTERS} {flags}")):
-        result = run(tmp_path / str(i), f"--bf16 {chosen}", processes=2, every=1, model=ONE_STEP)
+        result = run(
+            tmp_path / str(i), f"--bf16 {chosen} {SNR}", processes=2, every=1, model=ONE_STEP
+        )
         records += result.expect_success().records
     whole, kept = records
     assert whole["status"] == kept["status"] == "found"

@@ -95,6 +95,7 @@ def check_number(layout: Layout, found: dict[str, Any]) -> None:
         assert record["replay_error"] is None
     else:  # the loss that is replayed is the one that was trained on
         assert record["replay_error"] <= 2e-6
+    check_moments(record["adam_snr"], found["adam_snr"])
     check_relative(layout, found["other"], reference["relative_critical_lr"])
     assert [part["part"] for part in found["parts"]] == list(reference["parts"])
     for part, (slope, critical_lr) in zip(
@@ -104,6 +105,16 @@ def check_number(layout: Layout, found: dict[str, Any]) -> None:
         relative = 2e-2 if low else 1e-6
         assert part["slope"] == pytest.approx(slope, rel=relative, abs=1e-9), part
         check_relative(layout, part, critical_lr)
+
+
+def check_moments(
+    measured: dict[str, Any] | None, expected: dict[str, dict[str, float]] | None
+) -> None:
+    """The signal-to-noise ratios of all ranks' second moments together; none without Adam's."""
+    assert (measured is None) == (expected is None)
+    for kind, ratios in (expected or {}).items():
+        assert {k: measured[kind][k] for k in ratios} == pytest.approx(ratios, rel=1e-6), kind
+    assert set(measured or ()) == set(expected or ())
 
 
 def check_relative(layout: Layout, other: dict[str, Any], critical_lr: float) -> None:

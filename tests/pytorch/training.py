@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from megatron_sharpness.core.measurement import OVER
+from megatron_sharpness.core.replay import of_all_ranks
 from megatron_sharpness.pytorch import CriticalSharpness
 from megatron_sharpness.pytorch.losses import Evaluate
 from tests.digest import hash_of, random_states
@@ -42,6 +45,7 @@ class Trained:
     others: list[dict[str, Any]]  # of the loss on other data
     parts: list[dict[str, Any]]  # of the updates of parts of the model
     weights: list[dict[str, Tensor]]  # whole, before each step and after the last
+    moments: list[dict[str, Tensor]]  # whole second moments after each measured step
     data_size: int
 
 
@@ -78,12 +82,13 @@ def train(
         return (torch.zeros(()), 0) if wrapped.repeats else (loss, int(tokens))
 
     sharpness = None
+    adam = any("betas" in group for optimizer in optimizers for group in optimizer.param_groups)
     if every:
         sharpness = CriticalSharpness(
             called, optimizers, every, losses={"other": other}, watch="always", parts="modules",
-            **layout.options,
+            adam_snr=adam, **layout.options,
         )  # fmt: skip
-    losses, records, others, parts, weights = [], [], [], [], []
+    losses, records, others, parts, weights, moments = [], [], [], [], [], []
     trained: tuple[Tensor, int] = (torch.zeros(()), 0)
     for step in range(steps):
         if keep_weights:
@@ -144,6 +149,8 @@ def train(
                 records.append(dataclasses.asdict(record))
                 others.append(dataclasses.asdict(sharpness.records["other"]))
                 parts += [dataclasses.asdict(r) for r in sharpness.records.values() if r.part]
+                if keep_weights and adam:
+                    moments.append(whole_moments(model, optimizers))
     if keep_weights:
         weights.append(whole_weights(model))
     hashes = {
@@ -161,7 +168,7 @@ def train(
         "scaler": str(scaler.state_dict()),
         "modes": str([module.training for module in called.modules()]),
     }
-    return Trained(hashes, records, others, parts, weights, data_size)
+    return Trained(hashes, records, others, parts, weights, moments, data_size)
 
 
 def device_random_state() -> Tensor:
@@ -175,6 +182,36 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         found[name] = whole.detach().cpu().clone()
     return found
+
+
+def whole_moments(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Adam's second moments of the matrices, by name, on every rank."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    states = [getattr(o, "optim", o).state for o in optimizers]
+    found = {}
+    for parameter, state in [pair for each in states for pair in each.items()]:
+        moments = state.get("exp_avg_sq")
+        if moments is not None and parameter.dim() == 2:
+            whole = moments.full_tensor() if isinstance(moments, DTensor) else moments
+            found[names[id(parameter)]] = whole.double().cpu()
+    return {name: v for rank in of_all_ranks(found) for name, v in rank.items()}
+
+
+def ratios_of(moments: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """SNR_K of each kind of matrix, from the equation."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, v in moments.items():
+        of_rows, of_columns, whole = (v.unbind(0), v.unbind(1), (v,))
+        found = []
+        for groups in (of_rows, of_columns, whole):
+            seen = [g for g in groups if g.min() < g.max()]
+            found.append(torch.stack([g.mean() ** 2 / g.var(correction=0) for g in seen]).mean())
+        kind = re.sub(r"blocks\.\d+", "blocks", name)
+        kinds.setdefault(kind, []).append(torch.stack(found))
+    return {
+        kind: dict(zip(OVER, torch.stack(rows).mean(dim=0).tolist(), strict=True))
+        for kind, rows in kinds.items()
+    }
 
 
 def reference(layout: Layout, size: int, weights: list[dict[str, Tensor]], step: int) -> Reference:
@@ -302,6 +339,7 @@ def compare(layout: Layout, *, with_reference: bool = True) -> dict[str, Any]:
         "other": next(r for r in measured.others if r["iteration"] == step),
         "parts": [r for r in measured.parts if r["iteration"] == step],
         "parts while training": on.parts,
+        "adam_snr": ratios_of(measured.moments[-1]) if measured.moments else None,
         "tokens": sum(
             int(make_batch(step, i, rank)[1].ge(0).sum())
             for i in range(layout.micro_batches)

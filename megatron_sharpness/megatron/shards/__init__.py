@@ -51,7 +51,7 @@ class Leaf:
             Shard(
                 main=each.main,
                 model=each.model,
-                counted=self._counts(each.parameter),
+                counted=self.counts(each.parameter),
                 packed=each.packed,
             )
             for each in self.stepped()
@@ -82,7 +82,7 @@ class Leaf:
             return []
         return list(self._way.stepped(self.optimizer))
 
-    def _counts(self, parameter: Tensor) -> bool:
+    def counts(self, parameter: Tensor) -> bool:
         """Whether Megatron counts this copy in the gradient norm: not shared, no tensor-parallel
         duplicate."""
         groups = {name: getattr(self.optimizer, name, None) for name in _DUPLICATE_GROUPS}

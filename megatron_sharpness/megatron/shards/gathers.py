@@ -21,6 +21,7 @@ class Stepped(NamedTuple):
         clipped: whether ``gradient`` is what was clipped, and not what it was before.
         packed: what has the elements where ``main`` is but the optimizer's name for them.
         weight: what the model calls by a name, where that is not ``parameter``.
+        start: where in the flattened weight the elements begin.
     """
 
     parameter: Tensor
@@ -30,6 +31,7 @@ class Stepped(NamedTuple):
     clipped: bool = True
     packed: Packed | None = None
     weight: Tensor | None = None
+    start: int = 0
 
     @classmethod
     def of(cls, main: Tensor, model: Tensor, buffered: Tensor | None, weight: Tensor) -> Stepped:

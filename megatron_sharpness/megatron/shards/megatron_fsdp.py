@@ -10,6 +10,7 @@ from megatron_sharpness.core.megatron_fsdp import (
     is_sharded,
     read_by_forward,
     settle_gathers,
+    start_in_weight,
 )
 from megatron_sharpness.megatron.shards.gathers import Gathers, Stepped
 
@@ -30,6 +31,7 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
             model=read_by_forward(parameter),
             gradient=None if gradient is None else gradient._local_tensor,
             weight=parameter.orig_param,
+            start=start_in_weight(parameter),
         )
 
 

@@ -28,6 +28,7 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
             gradient=None if gradient is None else gradient._local_tensor,
             # In another precision it is a copy that was clipped, and that is gone.
             clipped=gradient is None or gradient.dtype == parameter.dtype,
+            start=getattr(group.main_weight._get_owned_range(index), "tensor_relative_offset", 0),
         )
 
 

@@ -27,7 +27,8 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
             for main, model in zip(mains, models, strict=True):
                 owned = optimizer._get_model_param_range_map(model)["param"]
                 buffered = model.main_grad.view(-1)[owned.start : owned.end]
-                yield Stepped.of(main, slice_of_buffer(optimizer, model), buffered, model)
+                held = slice_of_buffer(optimizer, model)
+                yield Stepped.of(main, held, buffered, model)._replace(start=owned.start)
 
 
 def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:

@@ -33,7 +33,8 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
         for owners, models in zip(owner_groups, model_groups, strict=True):
             for owner, model in zip(owners, models, strict=True):
                 held = parameter_buffers.slice_of_buffer(optimizer, model)
-                yield _stepped(inner, owner, held)._replace(weight=model)
+                start = optimizer._get_model_param_range_map(model)["param"].start
+                yield _stepped(inner, owner, held)._replace(weight=model, start=start)
 
 
 def _stepped(inner: Any, owner: Tensor, model: Tensor) -> Stepped:

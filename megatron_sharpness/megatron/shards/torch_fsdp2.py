@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_sharpness.core.fully_sharded import FullyShardedModules
 from megatron_sharpness.megatron.shards import replicated
@@ -26,6 +28,7 @@ def stepped(optimizer: Any) -> Iterator[Stepped]:
             main=_local(whole.main),
             model=_local(whole.model),
             gradient=None if whole.gradient is None else _local(whole.gradient),
+            start=_start(whole.main),
         )
 
 
@@ -44,6 +47,16 @@ def gathers(model: Sequence[Any], optimizer: Any) -> list[Gathers]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _start(tensor: Tensor) -> int:
+    """Where the rows begin that this rank has, in elements."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return int(offset[0]) * math.prod(tensor.shape[1:]) if offset else 0
 
 
 class _PassGathers(Gathers):

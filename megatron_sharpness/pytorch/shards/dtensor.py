@@ -3,10 +3,40 @@ make them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class Place(NamedTuple):
+    """Where in a tensor of the model a run of elements lies that a rank has.
+
+    Attributes:
+        shape: of the whole tensor.
+        block: shape of the part of it that the run lies in.
+        offset: where the block begins.
+        start: where in the flattened block the run begins.
+    """
+
+    shape: Sequence[int]
+    block: Sequence[int]
+    offset: Sequence[int]
+    start: int = 0
+
+
+def place_of(tensor: Tensor) -> Place:
+    """That of what :func:`local` gives."""
+    if not isinstance(tensor, DTensor):
+        return Place(tensor.shape, tensor.shape, [0] * tensor.dim())
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Place(tensor.shape, local(tensor).shape, offset)
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from megatron_sharpness.core.megatron_fsdp import (
     module_of,
     read_by_forward,
     settle_gathers,
+    start_in_weight,
 )
 from megatron_sharpness.core.update_line import Shard
-from megatron_sharpness.pytorch.shards.dtensor import local
+from megatron_sharpness.pytorch.shards.dtensor import Place, local
 from megatron_sharpness.pytorch.shards.tensors import Tensors
 
 #: Where a ``MegatronFSDP`` module notes which parameters its modules hold, those that are stepped
@@ -57,6 +58,12 @@ class MegatronFSDPShards(Tensors):
     def sync(self) -> None:
         for module in self._modules:
             forget_gathers(module)
+
+    def place_of(self, parameter: Tensor) -> Place:
+        if not owns(parameter):
+            return super().place_of(parameter)
+        shape = parameter.shape
+        return Place(shape, shape, [0] * len(shape), start_in_weight(parameter))
 
     def _shard(self, parameter: Tensor) -> Shard:
         shard = super()._shard(parameter)

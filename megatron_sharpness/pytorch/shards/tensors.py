@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from megatron_sharpness.core.update_line import Shard
-from megatron_sharpness.pytorch.shards.dtensor import holds_first_copy, local, local_gradient
+from megatron_sharpness.pytorch.shards.dtensor import (
+    Place,
+    holds_first_copy,
+    local,
+    local_gradient,
+    place_of,
+)
 
 
 class Tensors:
@@ -37,6 +44,15 @@ class Tensors:
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups that hold any."""
         return [group for group in self.optimizer.param_groups if group["params"]]
+
+    def state_of(self, parameter: Tensor) -> Mapping[str, Any]:
+        """What the optimizer keeps of one of :meth:`parameters`."""
+        found: Mapping[str, Any] = self.optimizer.state.get(parameter, {})
+        return found
+
+    def place_of(self, parameter: Tensor) -> Place:
+        """Where in the model's tensor the elements of one of :meth:`parameters` lie."""
+        return place_of(parameter)
 
     def inside(self) -> list[Optimizer]:
         """The optimizers whose steps this one's consists of, if the gradients are there in those

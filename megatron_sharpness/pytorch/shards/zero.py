@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +22,10 @@ class ZeroShards(Tensors):
 
     def parameters(self) -> list[Tensor]:
         return trained(self.optimizer.optim)
+
+    def state_of(self, parameter: Tensor) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.optimizer.optim.state.get(parameter, {})
+        return found
 
     def is_counted(self, parameter: Tensor) -> bool:
         return self.first_rank in dist.get_process_group_ranks(self._group)

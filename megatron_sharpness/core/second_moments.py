@@ -1,0 +1,292 @@
+"""Signal-to-noise ratio of Adam's second moments: which of them could be replaced by their means.
+
+Of the second moments V of a matrix, averaged over the dimension K and along the other one, K',
+
+    SNR_K = E_K'[ (E_K[V])² / Var_K[V] ]
+
+(Kalra, Kirchenbauer, Barkeshli and Goldstein, "When Can You Get Away with Low Memory Adam?", 2025,
+arXiv 2503.01843). Where it is large, the means over K stand for V. ``fan_in`` averages each row
+over its columns, ``fan_out`` each column over its rows, as rows are outputs and columns inputs of
+``torch.nn.Linear``; ``both`` averages the matrix. An embedding's rows are tokens.
+
+A matrix may lie in pieces on many ranks. Each adds up V and V² of its pieces, row by row and column
+by column, and what is reduced over the ranks are these sums.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_sharpness.core.errors import ProbeError
+from megatron_sharpness.core.measurement import OVER
+from megatron_sharpness.core.replay import all_max, first_error, of_all_ranks
+
+#: Elements of second moments that are taken at a time, and of sums that are reduced at a time.
+CHUNK, REDUCED = 2**20, 2**22
+
+#: Relative variance of what differs by rounding alone.
+ROUNDING = 1e-12
+
+#: In a name, the number of a layer, which is the first one, and that of an expert.
+_LAYER = re.compile(r"\.\d+(?=\.)")
+_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)|(?<=\.weight)\d+$")
+
+
+class Matrix(NamedTuple):
+    """A matrix of the model, or a stack of them, as of experts.
+
+    Attributes:
+        name: in the whole model.
+        shape: matrices, rows, columns.
+        copy: tells matrices of one name apart, as experts have on different ranks.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    copy: int = 0
+
+    @property
+    def sums(self) -> int:
+        """How many numbers its :meth:`Piece.sums` are."""
+        stack, rows, columns = self.shape
+        return 2 * stack * (rows + columns) + 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank has of a matrix's second moments: a run of a block's elements, row after row.
+
+    Attributes:
+        matrix: it is of.
+        values: the run, in any shape.
+        block: matrices, rows and columns of the block.
+        offset: where the block begins in the matrix.
+        start: where in the flattened block the run begins.
+    """
+
+    matrix: Matrix
+    values: Tensor
+    block: tuple[int, int, int]
+    offset: tuple[int, int, int] = (0, 0, 0)
+    start: int = 0
+
+    @torch.no_grad()
+    def sums(self) -> Tensor:
+        """Σ V and Σ V² of each row, Σ V and Σ V² of each column, and how many elements; fp64."""
+        stack, rows, columns = self.matrix.shape
+        found = torch.zeros(self.matrix.sums, dtype=torch.float64, device=self.values.device)
+        by_row = found[: 2 * stack * rows].view(2, stack, rows)
+        by_column = found[2 * stack * rows : -1].view(2, stack, columns)
+        for number, row, column, values in self._runs():
+            along = slice(row, row + len(values))
+            across = slice(column, column + values.shape[1])
+            for power in (0, 1):
+                by_row[power, number, along] += values.sum(dim=1)
+                by_column[power, number, across] += values.sum(dim=0)
+                values = values * values
+        found[-1] = self.values.numel()
+        return found
+
+    def _runs(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Pieces of rows, or several whole ones: where they are in the matrix, and their values."""
+        _, height, width = self.block
+        left, position = self.values.detach().reshape(-1), self.start
+        while len(left):
+            row, column = divmod(position, width)
+            number, row = divmod(row, height)
+            whole = 0 if column else min(len(left), CHUNK) // width
+            whole = min(whole, height - row)
+            taken = whole * width or min(len(left), width - column, CHUNK)
+            values = left[:taken].double().view(max(1, whole), -1)
+            yield self.offset[0] + number, self.offset[1] + row, self.offset[2] + column, values
+            left, position = left[taken:], position + taken
+
+
+class Source(NamedTuple):
+    """An optimizer, or all of them.
+
+    Attributes:
+        pieces: those of this rank that count, each of the model's elements on one rank.
+        sum_up: adds numbers up over all ranks, in place. Collective.
+    """
+
+    pieces: Callable[[], Iterable[Piece]]
+    sum_up: Callable[[Tensor], Tensor]
+
+
+class SecondMoments:
+    """Measures the signal-to-noise ratios of a run's second moments.
+
+    Args:
+        warn: told, once, why they cannot be had.
+    """
+
+    def __init__(self, warn: Callable[[str], object]) -> None:
+        self._warn = warn
+        self._known: list[list[Matrix]] = []
+        self._silent = False
+
+    def measure(
+        self, sources: Callable[[], Sequence[Source]], device: torch.device
+    ) -> Mapping[str, Mapping[str, Any]] | None:
+        """What :func:`by_kind` says of all matrices. Collective.
+
+        Args:
+            sources: gives them, on every rank as many.
+            device: where the process group reduces.
+
+        Returns:
+            None where there is none, or where it failed: a warning says why.
+        """
+        try:
+            found = self._measured(sources(), device)
+            if not found:
+                raise ProbeError("no optimizer has second moments (exp_avg_sq) of a matrix")
+            return by_kind(found)
+        except ProbeError as error:
+            if not self._silent:
+                self._silent = True
+                self._warn(f"critical sharpness: adam_snr was not measured: {error}")
+            return None
+
+    def _measured(
+        self, sources: Sequence[Source], device: torch.device
+    ) -> dict[Matrix, tuple[float, ...]]:
+        own: list[dict[Matrix, Tensor]] = []
+        error: Exception | None = None
+        try:
+            own = [_summed(source.pieces(), device) for source in sources]
+        except Exception as caught:  # whatever it is, the others wait
+            error = caught
+        known = self._known or [[] for _ in sources]
+        new = any(not have.keys() <= set(names) for have, names in zip(own, known, strict=False))
+        flags = torch.tensor([error is not None, new], dtype=torch.float64)
+        failed, changed = all_max(flags, device).tolist()
+        if failed:
+            raise ProbeError(first_error(error))
+        if changed:  # a matrix may get its moments later than others
+            there = of_all_ranks([list(have) for have in own])
+            self._known = known = [
+                sorted({matrix for rank in there for matrix in rank[number]})
+                for number in range(len(sources))
+            ]
+        return {
+            matrix: ratios
+            for source, have, names in zip(sources, own, known, strict=True)
+            for matrix, ratios in _reduced(source, have, names, device)
+        }
+
+
+def _summed(pieces: Iterable[Piece], device: torch.device) -> dict[Matrix, Tensor]:
+    found: dict[Matrix, Tensor] = {}
+    for piece in pieces:
+        sums = piece.sums().to(device)
+        found[piece.matrix] = found[piece.matrix] + sums if piece.matrix in found else sums
+    return found
+
+
+def _reduced(
+    source: Source, own: Mapping[Matrix, Tensor], names: Sequence[Matrix], device: torch.device
+) -> Iterator[tuple[Matrix, tuple[float, ...]]]:
+    """The ratios of each matrix, some at a time."""
+    for batch in _batches(names):
+        sums = torch.zeros(sum(m.sums for m in batch), dtype=torch.float64, device=device)
+        parts = torch.split(sums, [matrix.sums for matrix in batch])
+        for matrix, part in zip(batch, parts, strict=True):
+            if matrix in own:
+                part.copy_(own[matrix])
+        source.sum_up(sums)
+        found = torch.stack([_ratios(m, part) for m, part in zip(batch, parts, strict=True)])
+        for matrix, (count, *ratios) in zip(batch, found.tolist(), strict=True):
+            if count != math.prod(matrix.shape):
+                raise ProbeError(
+                    f"of the {math.prod(matrix.shape)} second moments of {matrix.name} the ranks "
+                    f"have {count:g}"
+                )
+            yield matrix, tuple(ratios)
+
+
+def _batches(names: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+    batch: list[Matrix] = []
+    for matrix in names:
+        if batch and sum(m.sums for m in batch) + matrix.sums > REDUCED:
+            yield batch
+            batch = []
+        batch.append(matrix)
+    if batch:
+        yield batch
+
+
+def _ratios(matrix: Matrix, sums: Tensor) -> Tensor:
+    """How many elements there were, and the ratio over each of :data:`OVER`; fp64, [4]."""
+    stack, rows, columns = matrix.shape
+    by_row = sums[: 2 * stack * rows].view(2, stack, rows)
+    by_column = sums[2 * stack * rows : -1].view(2, stack, columns)
+    return torch.stack(
+        (
+            sums[-1],
+            _ratio(by_row, columns),
+            _ratio(by_column, rows),
+            _ratio(by_row.sum(dim=-1), rows * columns),
+        )
+    )
+
+
+def _ratio(sums: Tensor, number: int) -> Tensor:
+    """Mean of (E[V])² / Var[V]; NaN where there is no V that varies.
+
+    Left out is what all is equal in: the row of a token that was never seen has no moments yet.
+
+    Args:
+        sums: Σ V and Σ V² of what V is averaged over; [2, …].
+        number: of elements in each.
+    """
+    squared_mean = (sums[0] / number).square()
+    variance = sums[1] / number - squared_mean
+    varies = variance > ROUNDING * squared_mean
+    return (squared_mean[varies] / variance[varies]).mean()
+
+
+def kind_of(name: str) -> str:
+    """The name of a matrix without the numbers of its layer and its expert."""
+    return _EXPERT.sub("", _LAYER.sub("", name, count=1))
+
+
+def by_kind(found: Mapping[Matrix, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """By kind of layer (:func:`kind_of`): how many ``matrices`` there are, of which ``shape``, and
+    the mean of their ratios over each of :data:`OVER`; None where nothing varies."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Sequence[float]]] = defaultdict(list)
+    for matrix, ratios in found.items():
+        groups[kind_of(matrix.name), matrix.shape].append(ratios)
+    shapes = Counter(name for name, _ in groups)
+    kinds = {}
+    for (name, shape), all_ratios in sorted(groups.items()):
+        stack, *of_each = shape
+        label = name if shapes[name] == 1 else f"{name}-{'x'.join(map(str, of_each))}"
+        kinds[label] = {"matrices": stack * len(all_ratios), "shape": of_each} | {
+            over: _mean(values) for over, values in zip(OVER, zip(*all_ratios, strict=True),
+                                                        strict=True)
+        }  # fmt: skip
+    return kinds
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    there = [value for value in values if not math.isnan(value)]
+    return sum(there) / len(there) if there else None
+
+
+def stacked(shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """Matrices, rows and columns of a parameter: a matrix is one, a tensor of three dimensions a
+    stack of them; None for what is neither."""
+    if len(shape) not in (2, 3):
+        return None
+    stack, rows, columns = (1, *shape)[-3:]
+    return stack, rows, columns
