@@ -26,6 +26,7 @@ NAMES = (
     "passes",
     "precision",
     "watch",
+    "moments",
     "verified",
 )
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_sharpness.core.errors import ProbeError
+from megatron_sharpness.core.errors import ProbeError, reason_of
 from megatron_sharpness.core.measurement import OVER
 from megatron_sharpness.core.replay import all_max, first_error, of_all_ranks
 
@@ -66,14 +66,14 @@ class Piece:
 
     Attributes:
         matrix: it is of.
-        values: the run, in any shape.
+        read: gives the run, in any shape.
         block: matrices, rows and columns of the block.
         offset: where the block begins in the matrix.
         start: where in the flattened block the run begins.
     """
 
     matrix: Matrix
-    values: Tensor
+    read: Callable[[], Tensor]
     block: tuple[int, int, int]
     offset: tuple[int, int, int] = (0, 0, 0)
     start: int = 0
@@ -82,23 +82,24 @@ class Piece:
     def sums(self) -> Tensor:
         """Σ V and Σ V² of each row, Σ V and Σ V² of each column, and how many elements; fp64."""
         stack, rows, columns = self.matrix.shape
-        found = torch.zeros(self.matrix.sums, dtype=torch.float64, device=self.values.device)
+        moments = self.read().detach().reshape(-1)
+        found = torch.zeros(self.matrix.sums, dtype=torch.float64, device=moments.device)
         by_row = found[: 2 * stack * rows].view(2, stack, rows)
         by_column = found[2 * stack * rows : -1].view(2, stack, columns)
-        for number, row, column, values in self._runs():
+        for number, row, column, values in self._runs(moments):
             along = slice(row, row + len(values))
             across = slice(column, column + values.shape[1])
             for power in (0, 1):
                 by_row[power, number, along] += values.sum(dim=1)
                 by_column[power, number, across] += values.sum(dim=0)
                 values = values * values
-        found[-1] = self.values.numel()
+        found[-1] = len(moments)
         return found
 
-    def _runs(self) -> Iterator[tuple[int, int, int, Tensor]]:
+    def _runs(self, left: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
         """Pieces of rows, or several whole ones: where they are in the matrix, and their values."""
         _, height, width = self.block
-        left, position = self.values.detach().reshape(-1), self.start
+        position = self.start
         while len(left):
             row, column = divmod(position, width)
             number, row = divmod(row, height)
@@ -147,71 +148,79 @@ class SecondMoments:
             None where there is none, or where it failed: a warning says why.
         """
         try:
-            found = self._measured(sources(), device)
+            found = self._measured(sources, device)
             if not found:
                 raise ProbeError("no optimizer has second moments (exp_avg_sq) of a matrix")
             return by_kind(found)
-        except ProbeError as error:
+        except Exception as error:  # whatever it is, the run goes on
             if not self._silent:
                 self._silent = True
-                self._warn(f"critical sharpness: adam_snr was not measured: {error}")
+                self._warn(
+                    f"critical sharpness: adam_snr was not measured: {reason_of(error)}"
+                )
             return None
 
     def _measured(
-        self, sources: Sequence[Source], device: torch.device
+        self, sources: Callable[[], Sequence[Source]], device: torch.device
     ) -> dict[Matrix, tuple[float, ...]]:
-        own: list[dict[Matrix, Tensor]] = []
+        given: Sequence[Source] = ()
+        own: list[dict[Matrix, list[Piece]]] = []
         error: Exception | None = None
         try:
-            own = [_summed(source.pieces(), device) for source in sources]
+            given = sources()
+            own = [_by_matrix(source.pieces()) for source in given]
         except Exception as caught:  # whatever it is, the others wait
             error = caught
-        known = self._known or [[] for _ in sources]
+        known = self._known or [[] for _ in given]
         new = any(not have.keys() <= set(names) for have, names in zip(own, known, strict=False))
-        flags = torch.tensor([error is not None, new], dtype=torch.float64)
-        failed, changed = all_max(flags, device).tolist()
+        failed, changed = _anywhere([error is not None, new], device)
         if failed:
             raise ProbeError(first_error(error))
         if changed:  # a matrix may get its moments later than others
             there = of_all_ranks([list(have) for have in own])
             self._known = known = [
                 sorted({matrix for rank in there for matrix in rank[number]})
-                for number in range(len(sources))
+                for number in range(len(given))
             ]
-        return {
-            matrix: ratios
-            for source, have, names in zip(sources, own, known, strict=True)
-            for matrix, ratios in _reduced(source, have, names, device)
-        }
+        found: dict[Matrix, tuple[float, ...]] = {}
+        for source, have, names in zip(given, own, known, strict=True):
+            for batch in _batches(names):
+                sums = [torch.zeros(m.sums, dtype=torch.float64, device=device) for m in batch]
+                try:
+                    for matrix, total in zip(batch, sums, strict=True):
+                        for piece in have.get(matrix, ()):
+                            total += piece.sums().to(device)
+                except Exception as caught:
+                    error = error or caught
+                summed = torch.split(source.sum_up(torch.cat(sums)), [m.sums for m in batch])
+                ratios = torch.stack([_ratios(m, s) for m, s in zip(batch, summed, strict=True)])
+                found |= {m: tuple(row) for m, row in zip(batch, ratios.tolist(), strict=True)}
+        if any(_anywhere([error is not None], device)):
+            raise ProbeError(first_error(error))
+        return {matrix: _checked(matrix, *row) for matrix, row in found.items()}
 
 
-def _summed(pieces: Iterable[Piece], device: torch.device) -> dict[Matrix, Tensor]:
-    found: dict[Matrix, Tensor] = {}
+def _by_matrix(pieces: Iterable[Piece]) -> dict[Matrix, list[Piece]]:
+    found: dict[Matrix, list[Piece]] = defaultdict(list)
     for piece in pieces:
-        sums = piece.sums().to(device)
-        found[piece.matrix] = found[piece.matrix] + sums if piece.matrix in found else sums
+        found[piece.matrix].append(piece)
     return found
 
 
-def _reduced(
-    source: Source, own: Mapping[Matrix, Tensor], names: Sequence[Matrix], device: torch.device
-) -> Iterator[tuple[Matrix, tuple[float, ...]]]:
-    """The ratios of each matrix, some at a time."""
-    for batch in _batches(names):
-        sums = torch.zeros(sum(m.sums for m in batch), dtype=torch.float64, device=device)
-        parts = torch.split(sums, [matrix.sums for matrix in batch])
-        for matrix, part in zip(batch, parts, strict=True):
-            if matrix in own:
-                part.copy_(own[matrix])
-        source.sum_up(sums)
-        found = torch.stack([_ratios(m, part) for m, part in zip(batch, parts, strict=True)])
-        for matrix, (count, *ratios) in zip(batch, found.tolist(), strict=True):
-            if count != math.prod(matrix.shape):
-                raise ProbeError(
-                    f"of the {math.prod(matrix.shape)} second moments of {matrix.name} the ranks "
-                    f"have {count:g}"
-                )
-            yield matrix, tuple(ratios)
+def _anywhere(flags: Sequence[bool], device: torch.device) -> list[float]:
+    """Which of them are set on some rank. Collective."""
+    found: list[float] = all_max(torch.tensor(flags, dtype=torch.float64), device).tolist()
+    return found
+
+
+def _checked(matrix: Matrix, count: float, *ratios: float) -> tuple[float, ...]:
+    """The ratios, if all of the matrix is in them."""
+    if count != math.prod(matrix.shape):
+        raise ProbeError(
+            f"of the {math.prod(matrix.shape)} second moments of {matrix.name} the ranks have "
+            f"{count:g}"
+        )
+    return ratios
 
 
 def _batches(names: Sequence[Matrix]) -> Iterator[list[Matrix]]:

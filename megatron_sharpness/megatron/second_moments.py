@@ -48,9 +48,9 @@ def sources_of(leaves: Sequence[Leaf], model: Sequence[Any]) -> list[Source]:
 def _pieces(leaf: Leaf, names: Mapping[int, str]) -> Iterator[Piece]:
     for each in leaf.stepped():
         weight = each.parameter if each.weight is None else each.weight
-        moments = _moments(leaf.optimizer.optimizer, each.parameter)
-        block = stacked(weight.shape)
-        if moments is None or block is None or not leaf.counts(each.parameter):
+        inner, block = leaf.optimizer.optimizer, stacked(weight.shape)
+        there = _MOMENTS in inner.state.get(each.parameter, {})
+        if not there or block is None or not leaf.counts(each.parameter):
             continue
         shape, offset = list(block), [0, 0, 0]
         if getattr(weight, "tensor_model_parallel", False):
@@ -59,13 +59,12 @@ def _pieces(leaf: Leaf, names: Mapping[int, str]) -> Iterator[Piece]:
             shape[split] *= ranks
             offset[split] = rank * block[split]
         matrix = Matrix(name_of(each, names), (shape[0], shape[1], shape[2]), _expert_rank(weight))
-        yield Piece(matrix, moments, block, (offset[0], offset[1], offset[2]), each.start)
+        read = functools.partial(_moments, inner, each.parameter)
+        yield Piece(matrix, read, block, (offset[0], offset[1], offset[2]), each.start)
 
 
-def _moments(inner: Any, parameter: Tensor) -> Tensor | None:
-    """What this rank has of a parameter's second moments; None where it has none."""
-    if _MOMENTS not in inner.state.get(parameter, {}):
-        return None
+def _moments(inner: Any, parameter: Tensor) -> Tensor:
+    """What this rank has of a parameter's second moments."""
     if hasattr(inner, "get_unscaled_state"):  # they may be kept in 16 bits, or in 8
         moments: Tensor = inner.get_unscaled_state(parameter, _MOMENTS)
     else:

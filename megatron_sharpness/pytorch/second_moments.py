@@ -70,7 +70,7 @@ def _pieces(model: nn.Module, shards: Sequence[Tensors]) -> Iterator[Piece]:
                 continue
             number, row, column = (0, 0, 0, *place.offset)[-3:]
             matrix, offset = Matrix(name, shape, copy), (number, row, column)
-            yield Piece(matrix, _values(moments), block, offset, place.start)
+            yield Piece(matrix, partial(_values, moments), block, offset, place.start)
 
 
 def _values(moments: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from megatron_sharpness.report.curves import FONT, STAGE_COLORS, curves, run_col
 from megatron_sharpness.report.figure import BLUE, GRID, INK, MUTED
 from megatron_sharpness.report.parts import format_parts
 from megatron_sharpness.report.records import Run
+from megatron_sharpness.report.second_moments import format_moments
 from megatron_sharpness.report.stages import (
     NOISE_RULE,
     RULES,
@@ -58,6 +59,11 @@ def write(runs: list[Run], path: Path, *, preconditioned: bool = False) -> None:
             for number, (run, its) in enumerate(zip(runs, stages, strict=True))
         ),
         notes=_notes(runs),
+        moments="\n".join(
+            f"<h2>Second moments of {escape(run.name)}</h2><pre>{escape(table)}</pre>"
+            for run in runs
+            if (table := format_moments(run))
+        ),
         rules="\n".join(
             f"<dt>{_swatch(name)}{name}</dt><dd>{_html(rule)}</dd>" for name, rule in RULES.items()
         ),
@@ -151,6 +157,7 @@ table { width: 100%; margin: 20px 0 28px; border-collapse: collapse; font-size: 
 th { color: $muted; font-weight: 500; text-align: left; }
 th, td { padding: 7px 18px 7px 0; border-bottom: 1px solid $grid; vertical-align: top; }
 td:first-child { font-weight: 600; overflow-wrap: break-word; }
+pre { overflow-x: auto; font-size: 12px; }
 ul { margin: 0; padding: 0; list-style: none; }
 td:nth-child(2), td:nth-child(5), td:last-child { white-space: nowrap; }
 i { color: $muted; font-style: normal; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -178,6 +185,7 @@ $rows
 <script>$plotly</script>
 $curves
 <p>$notes</p>
+$moments
 <h2>How the verdict is found</h2>
 <p>These are rules of thumb of this program, not the paper’s.</p>
 <dl>

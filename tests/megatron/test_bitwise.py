@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sharpness.core.measurement import OVER
 from megatron_sharpness.sweeps.runs import REPORT
 from tests.megatron.harness import MODEL, Run, other_data, run
 
@@ -185,6 +186,8 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
     processes, flags = LAYOUTS[layout]
     plain = run(tmp_path / "plain", flags, processes=processes).expect_success()
     others = f"--critical-sharpness-eval-data sums={other_data(tmp_path)}"
+    adam = "--optimizer sgd" not in flags
+    others += " --measure-adam-snr" * adam
     measured = run(
         tmp_path / "measured", f"{flags} {others} --critical-sharpness-watch always "
         "--critical-sharpness-parts modules", processes=processes, every=2,
@@ -203,6 +206,13 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, tmp_path: Path) 
         answers = ("found", "not_descent", "noise_limited") if own == "found" else (own,)
         assert other["status"] in answers
     check_parts(layout, measured, statuses)
+    for record in measured.records:
+        seen = record["adam_snr"] or {}
+        assert bool(seen) == (adam and record["status"] == "found"), measured.output[-3000:]
+        # Muon steps the matrices of layers, and Adam the embeddings.
+        assert "embedding.word_embeddings.weight" in seen or not seen
+        ratios = [kind[over] for kind in seen.values() for over in OVER]
+        assert all(ratio is None or 0.0 < ratio < 1e6 for ratio in ratios)
 
 
 def check_parts(layout: str, measured: Run, statuses: list[str]) -> None:

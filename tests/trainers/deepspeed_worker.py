@@ -229,6 +229,7 @@ def refusals() -> dict[str, str]:
     refuse("optimizer", engine, engine)
     refuse("inner", engine, optimizer.optimizer)
     refuse("parts", engine, optimizer, parts="groups")
+    refuse("adam_snr", engine, optimizer, adam_snr=True)
     zero_config = engine._config.zero_config
     for owner, name, value in (
         (engine, "pipeline_parallelism", True),

@@ -101,6 +101,7 @@ REASONS = {
     "optimizer": "not a torch.optim.Optimizer",
     "inner": "give the optimizer that deepspeed.initialize has returned",
     "parts": "pieces of many parameters",
+    "adam_snr": "rows and columns",
     "pipeline_parallelism": "PipelineModule",
     "has_moe_layers": "mixtures of experts",
     "autotp_size": "autotp_size",
