@@ -19,15 +19,16 @@ from megatron_sharpness.report.records import Run
 from megatron_sharpness.report.second_moments import Kind, kinds_of
 
 RATES = (2e-3, 5e-3, 1.2e-2)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 EVERY = 20
 #: The last part of the text is not trained on; so many pieces of it give the loss in the end.
 HELD_OUT, PIECES = 0.1, 256
 #: What the rule is made from: the lowest rate with the first seed.
 RULE_FROM = f"adamw-{RATES[0]:g}-{SEEDS[0]}"
-#: Beside ``adamw`` and ``slim``: one mean for a matrix, and the dimension that the rule would not
-#: take.
-VARIANTS = ("adamw", "slim", "one-mean", "opposite")
+#: Beside ``adamw`` and ``slim``: only kinds whose ratio is far above 1, one mean for a matrix, and
+#: the dimension that the rule would not take.
+VARIANTS = ("adamw", "slim", "careful", "one-mean", "opposite")
+FAR_ABOVE = 4.0
 #: Of a record, what is kept.
 FIELDS = (
     "iteration", "batch", "part", "status", "lr", "loss", "critical_lr", "critical_sharpness",
@@ -86,14 +87,22 @@ def means_of(variant: str, kinds: Iterable[Kind]) -> Means:
         return {}
     if variant == "slim":
         return {kind.name: kind.over for kind in kinds}
+    if variant == "careful":
+        return {kind.name: kind.over for kind in kinds if is_far_above(kind)}
     if variant == "one-mean":
         return {kind.name: "both" for kind in kinds}
     return {kind.name: min(OVER[:2], key=kind.ratios.__getitem__) for kind in kinds}
 
 
-def saved(kinds: Sequence[Kind]) -> float:
-    """Share of the matrices' second moments that the rule does without."""
-    return 1.0 - sum(kind.left for kind in kinds) / sum(kind.moments for kind in kinds)
+def is_far_above(kind: Kind) -> bool:
+    """Whether means would stand for its second moments by a stricter rule than the paper's."""
+    return max(kind.ratios.values()) >= FAR_ABOVE
+
+
+def saved(kinds: Sequence[Kind], variant: str) -> float:
+    """Share of the matrices' second moments that ``slim`` or ``careful`` does without."""
+    means = [kind for kind in kinds if variant == "slim" or is_far_above(kind)]
+    return sum(kind.moments - kind.left for kind in means) / sum(kind.moments for kind in kinds)
 
 
 def held_out(runs: training.Runs, variant: str, peak: float) -> np.ndarray:
