@@ -38,7 +38,7 @@ def draw(runs: analysis.Runs, path: Path) -> None:
         along.set_ylim(10, 4000)
         along.set_title(r"$\lambda_c$ along three trainings")
         along.set_xlabel("step; dashed: the depth doubles")
-        along.legend(frameon=False, loc="upper right")
+        along.legend(loc="upper right", framealpha=1.0, edgecolor="none")
         _rises(rises, runs)
         for curriculum, (label, color) in SHOWN.items():
             for number, (each, _) in enumerate(analysis.pairs(runs, "injected", curriculum)):

@@ -31,12 +31,12 @@ def _of_sharpness(runs: analysis.Runs) -> training.Found:
     text = "λ_c does not jump where the depth of a loop does (ours): after / before, by plain GPT's"
     for name, (loop, curriculum, jump) in (GROWS | STAYS).items():
         found = [analysis.rise(*each, jump) for each in analysis.pairs(runs, loop, curriculum)]
-        yield text, name, analysis.typical(found), 2 / 3, 3 / 2
+        yield text, name, analysis.typical(found), 0.67, 1.5
     text = "and λ_c^{r→r'} along the updates before says so (ours): by their λ_c"
     for name, (loop, curriculum, jump) in GROWS.items():
         pairs = analysis.pairs(runs, loop, curriculum)
         found = [analysis.foretold(run, jump) for run, _ in pairs]
-        yield text, name, analysis.typical(found), 2 / 3, 3 / 2
+        yield text, name, analysis.typical(found), 0.67, 1.5
     text = "hardly a step from a jump on is beyond its edge (ours): share with η/η_c > 1"
     for loop in ("injected", "bare"):
         ratios = [
@@ -53,7 +53,7 @@ def _of_sharpness(runs: analysis.Runs) -> training.Found:
         for curriculum in ("8", "doubled")
     }
     ratio = analysis.typical(late["doubled"]) / analysis.typical(late["8"])
-    yield text, "last 40 steps", ratio, 2 / 3, 3 / 2
+    yield text, "last 40 steps", ratio, 0.67, 1.5
 
 
 def _of_loss(runs: analysis.Runs) -> training.Found:
