@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 #: In the order of the table.
 EXPERIMENTS = (
     "uv", "fcn", "adam_edge", "weight_decay", "tracking", "gpt_wsd",
-    "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight", "slim_adam",
+    "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight",
+    "slim_adam", "recurrence",
 )  # fmt: skip
 
 
