@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments import training
+from experiments.warmup import drawing, tables
 from experiments.warmup.run import DEFAULT, LARGE, MODELS, OPTIMIZERS, Problem, run, start
 
 HERE = Path(__file__).parent
@@ -44,7 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.warmup", description=__doc__)
     parser.add_argument("--large", action="store_true", help="768 steps, a GPT of four layers")
     large = parser.parse_args().large
-    runs = train_all(HERE / "large" if large else HERE, large)
+    folder = HERE / "large" if large else HERE
+    runs = train_all(folder, large)
+    drawing.draw(folder / "figure.png", runs)
+    drawing.draw_savings(folder / "savings.png", runs)
+    for table in (tables.starts, tables.savings):
+        print("\n".join(table(runs)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Does it save warm-up steps to begin at η_c? The criterion, written before the trainings were made.
+"""Does it save warm-up steps to begin at η_c? The criterion, as it was before the trainings were.
 
-- A training *trains* where its final loss is below 0.9 of :func:`experiments.warmup.run.chance`; all
-  else has diverged.
+- A training *trains* where its final loss is below 0.9 of :func:`experiments.warmup.run.chance`;
+  all else has diverged.
 - A *cell* is a model, an optimizer (SGD or Adam), a length of warm-up (more than none) and a target
   rate, where the plain warm-up trains with every seed.
-- A cell *saves* where beginning at η_c saves a step or more with every seed, trains with every seed,
-  and its mean final loss is not above the plain warm-up's by more than the standard deviation of
-  the plain ones over the seeds.
+- A cell *saves* where beginning at η_c saves a step or more with every seed, trains with every
+  seed, and its mean final loss is not above the plain warm-up's by more than the standard
+  deviation of the plain ones over the seeds.
 - A cell is *lost* where beginning at η_c diverges with some seed.
 - The criterion is *met* where nine of ten cells save and none is lost.
 """
@@ -50,7 +50,7 @@ class Cell:
     @property
     def saved(self) -> int:
         """Steps, with the seed that saves the fewest."""
-        return min(row["saved"] for row in self.rows)
+        return int(min(row["saved"] for row in self.rows))
 
     @property
     def scatter(self) -> float:
@@ -107,5 +107,5 @@ def outcome(found: Iterable[Cell]) -> Outcome:
         len(those),
         sum(cell.saves for cell in those),
         sum(cell.lost for cell in those),
-        sum(cell.saved == 0 for cell in those),
+        sum(cell.saved == 0 and not cell.lost for cell in those),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,14 +101,15 @@ class Problem:
     def network(self) -> nn.Module:
         """Initial weights: He's for the digits, and a last layer of zeros where they begin flat."""
         if self.kind == "gpt":
-            return gpt.model(self.size.layers, self.size.width, self.seed)
+            gpt_network: nn.Module = gpt.model(self.size.layers, self.size.width, self.seed)
+            return gpt_network
         network = digits.network(WIDTH, 2, self.seed)
-        for layer in network:
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
         if self.model == "digits-flat":
-            nn.init.zeros_(network[-1].weight)
+            nn.init.zeros_(layers[-1].weight)
         return network
 
     def optimizer_of(self, network: nn.Module) -> Optimizer:
@@ -155,7 +157,7 @@ def first_update(problem: Problem, step: int = 1) -> Measurement:
     optimizer = problem.optimizer_of(network)
     sharpness = CriticalSharpness(network, optimizer, every=1)
     batch = problem.batch_at(step)
-    problem.loss(network, batch).backward()
+    problem.loss(network, batch).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     record = sharpness.after_step(1, lambda: (problem.loss(network, batch), 1))
     assert record is not None
@@ -209,7 +211,8 @@ def train(
         if every and step % every == 0:
             record = sharpness.records.train
             ratios.append(rate_over_critical(record.status, record.lr_over_critical))
-    return [_mean([losses.get(end - back, math.inf) for back in BEFORE_END]) for end in ends], ratios
+    finals = [[losses.get(end - back, math.inf) for back in BEFORE_END] for end in ends]
+    return [_mean(final) for final in finals], ratios
 
 
 def run(problem: Problem) -> list[training.Row]:
@@ -234,9 +237,8 @@ def run(problem: Problem) -> list[training.Row]:
             (shorter, plain), ratios = train(problem, ramp.rate_at, (steps - saved, steps), every)
             row |= {"plain": _short(plain)}
             if saved:
-                (cut,), _ = train(
-                    problem, lambda t, r=ramp: r.rate_at(t, critical_lr), (steps - saved,)
-                )
+                from_critical = functools.partial(ramp.rate_at, initial=critical_lr)
+                (cut,), _ = train(problem, from_critical, (steps - saved,))
                 row |= {"shorter": _short(shorter), "cut": _short(cut)}
             if every:
                 row["lr_over_critical"] = [None if r is None else _short(r) for r in ratios]
