@@ -9,6 +9,10 @@
   deviation of the plain ones over the seeds.
 - A cell is *lost* where beginning at η_c diverges with some seed.
 - The criterion is *met* where nine of ten cells save and none is lost.
+
+That is of ``cut``, which ends as many steps earlier as it saves. Added once the first seed had been
+seen, since so short a training is slow rather than diverged: the same of ``same``, which begins at
+η_c and is as long as the plain warm-up.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ class Cell:
     rows: tuple[training.Row, ...]
 
     def losses(self, which: str) -> list[float]:
-        """Final losses of ``plain``, ``cut`` or ``shorter``; infinite where there is none."""
-        found = (row.get(which) for row in self.rows)
+        """Final losses of ``plain``, or ``cut``, ``same``, ``shorter``: plain too where no step is
+        saved. What is not finite is infinite."""
+        found = (row.get(which, row["plain"]) for row in self.rows)
         return [math.inf if loss is None else loss for loss in found]
 
     def trains(self, which: str = "plain") -> bool:
@@ -61,23 +66,27 @@ class Cell:
         means = np.mean(self.losses(which)), np.mean(self.losses("plain"))
         return self.trains(which) and bool(means[0] <= means[1] + self.scatter)
 
-    @property
-    def saves(self) -> bool:
-        return self.saved >= 1 and self.equal("cut")
+    def saves(self, which: str = "cut") -> bool:
+        return self.saved >= 1 and self.equal(which)
 
-    @property
-    def lost(self) -> bool:
-        return any(row["saved"] for row in self.rows) and not self.trains("cut")
+    def lost(self, which: str = "cut") -> bool:
+        return not self.trains(which)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of the criterion, over cells."""
+    """Of the criterion, over cells.
+
+    Attributes:
+        cells: how many are judged.
+        save, lost: those that are so.
+        nothing: those where less than a step is to be saved.
+    """
 
     cells: int
     save: int
     lost: int
-    nothing: int  # to save: less than a step
+    nothing: int
 
     @property
     def met(self) -> bool:
@@ -101,11 +110,11 @@ def judged(found: Iterable[Cell]) -> list[Cell]:
     ]  # fmt: skip
 
 
-def outcome(found: Iterable[Cell]) -> Outcome:
+def outcome(found: Iterable[Cell], which: str = "cut") -> Outcome:
     those = judged(found)
     return Outcome(
         len(those),
-        sum(cell.saves for cell in those),
-        sum(cell.lost for cell in those),
-        sum(cell.saved == 0 and not cell.lost for cell in those),
+        sum(cell.saves(which) for cell in those),
+        sum(cell.lost(which) for cell in those),
+        sum(cell.saved == 0 for cell in those),
     )

@@ -32,7 +32,7 @@ ADAM_BETA2 = {"digits": 0.999, "gpt": 0.95}
 TARGETS = {
     ("digits", "sgd"): (0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56),
     ("digits", "adam"): (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256),
-    ("gpt", "sgd"): (0.03, 0.1, 0.3, 1.0, 3.0),
+    ("gpt", "sgd"): (0.03, 0.1, 0.3, 0.55, 1.0, 3.0),
     ("gpt", "adam"): (1e-3, 4e-3, 1.6e-2, 6.4e-2, 0.256),
 }
 MODELS = ("digits-sharp", "digits-flat", "gpt")
@@ -218,8 +218,9 @@ def train(
 def run(problem: Problem) -> list[training.Row]:
     """All target rates and lengths of warm-up, from both initial rates: a row for each.
 
-    ``plain`` is the final loss of the plain warm-up; ``cut`` that of one which begins at η_c and is
-    ``saved`` steps shorter; ``shorter`` that of the plain one if it ended as early.
+    ``plain`` is the final loss of the plain warm-up; ``cut`` that of a training which begins at η_c
+    and is ``saved`` steps shorter, ``same`` if it is as long; ``shorter`` that of the plain one if
+    it ended as early as ``cut``.
     """
     critical_lr = first_update(problem).critical_lr
     both = problem.optimizer != "gi-adam"
@@ -238,8 +239,8 @@ def run(problem: Problem) -> list[training.Row]:
             row |= {"plain": _short(plain)}
             if saved:
                 from_critical = functools.partial(ramp.rate_at, initial=critical_lr)
-                (cut,), _ = train(problem, from_critical, (steps - saved,))
-                row |= {"shorter": _short(shorter), "cut": _short(cut)}
+                (cut, same), _ = train(problem, from_critical, (steps - saved, steps))
+                row |= {"shorter": _short(shorter), "cut": _short(cut), "same": _short(same)}
             if every:
                 row["lr_over_critical"] = [None if r is None else _short(r) for r in ratios]
             rows.append(row)
