@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 #: In the order of the table.
 EXPERIMENTS = (
     "uv", "fcn", "adam_edge", "weight_decay", "tracking", "gpt_wsd",
-    "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight",
+    "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight", "warmup",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import training
 from experiments.warmup import criterion
-from experiments.warmup.claims import NAMES, PAIRS, TITLES, natural
+from experiments.warmup.claims import NAMES, PAIRS, TITLES, first_critical, natural
 from experiments.warmup.run import MODELS
 
 
@@ -42,7 +42,7 @@ def starts(runs: training.Runs) -> Iterator[str]:
     for model in MODELS:
         for optimizer, name in NAMES.items():
             rows = runs[f"start-{model}-{optimizer}"]
-            first = [row["critical_lr"] for row in rows if row["iteration"] == 0]
+            first = first_critical(runs, model, optimizer)
             curvature = next(row for row in rows if row["iteration"])
             then = curvature.get("hessian_sharpness", curvature["preconditioned_sharpness"])
             yield (
