@@ -37,15 +37,16 @@ def savings(runs: training.Runs) -> Iterator[str]:
 
 def starts(runs: training.Runs) -> Iterator[str]:
     """Where the trainings begin."""
-    yield "| | η_c of the first update, 8 batches | λ_max | at η/4 for 96 steps |"
+    yield (
+        "| | η_c of the first update, 8 batches | λ_max, λ_max^PH under Adam, at step 24 "
+        "| step 96 / step 24 |"
+    )
     yield "|---|---|---|---|"
     for model in MODELS:
         for optimizer, name in NAMES.items():
-            rows = runs[f"start-{model}-{optimizer}"]
             first = first_critical(runs, model, optimizer)
-            curvature = next(row for row in rows if row["iteration"])
-            then = curvature.get("hessian_sharpness", curvature["preconditioned_sharpness"])
+            seen = natural(runs, model, optimizer)
             yield (
-                f"| {TITLES[model]}, {name} | {min(first):.2g} to {max(first):.2g} | {then:.3g} "
-                f"| {natural(runs, model, optimizer):.2f} |"
+                f"| {TITLES[model]}, {name} | {min(first):.2g} to {max(first):.2g} | {seen[0]:.3g} "
+                f"| {seen[-1] / seen[0]:.2f} |"
             )
