@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 EXPERIMENTS = (
     "uv", "fcn", "adam_edge", "weight_decay", "tracking", "gpt_wsd",
     "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight",
-    "slim_adam", "recurrence",
+    "warmup", "slim_adam", "recurrence",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,8 +117,9 @@ def steps_of(
     sharpness: CriticalSharpness,
     *,
     steps: int,
-    tokens_at: Callable[[int], Tensor],
+    tokens_at: Callable[[int], Any],
     lr_at: Callable[[int], float],
+    mean_loss: Callable[[nn.Module, Any], Tensor] = loss,
 ) -> Iterator[tuple[int, float, float]]:
     """Train, and measure what is due: each step with its loss and its gradient norm, once
     ``sharpness.records`` are of it. It ends where the loss is not finite."""
@@ -127,7 +129,7 @@ def steps_of(
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step)
-        value = loss(network, tokens)
+        value = mean_loss(network, tokens)
         if not torch.isfinite(value):
             return
         value.backward()
@@ -135,7 +137,7 @@ def steps_of(
         for optimizer in optimizers:
             optimizer.step()
         sharpness.after_step(
-            step, lambda t=tokens: (loss(network, t), 1), loss=(value.detach(), 1)
+            step, lambda t=tokens: (mean_loss(network, t), 1), loss=(value.detach(), 1)
         )
         yield step, value.item(), norm.item()
 
