@@ -29,16 +29,17 @@ def claims(runs: training.Runs) -> training.Found:
         yield text, f"η = {peak:g}", lowered(runs, peak), 0.0, 1.0
     text = f"means do without nearly all second moments {PAPER}: share saved"
     yield text, "by its rule, SNR of 1", saved(list(kinds.values()), "slim"), 0.9, 1.0
-    text = "and train nearly to the same loss, not beyond the best rate (the paper: to the same)"
-    text += ": held-out loss / AdamW's"
+    text = "and train to a loss that is 0 to 5 % higher, beyond the best rate more (the paper: to the"
+    text += " same): held-out loss / AdamW's"
     for peak in RATES:
-        lowest, highest = (1.0, 1.03) if peak < RATES[-1] else (1.03, np.inf)
+        lowest, highest = (1.0, 1.05) if peak < RATES[-1] else (1.05, np.inf)
         yield text, f"η = {peak:g}", ratio(runs, "slim", peak), lowest, highest
     text = "those of SNR 4 or more do without over half (ours): share saved"
     yield text, "by SNR of 4", saved(list(kinds.values()), "careful"), 0.5, 1.0
-    text = "and train to the same loss (ours): held-out loss / AdamW's"
+    text = "and at the rate that the rule was made at they train to the same loss, not at others (ours)"
     for peak in RATES:
-        yield text, f"η = {peak:g}", ratio(runs, "careful", peak), 0.98, 1.015
+        lowest, highest = (0.985, 1.015) if peak == RATES[0] else (1.015, np.inf)
+        yield text, f"η = {peak:g}", ratio(runs, "careful", peak), lowest, highest
     text = "other means do not (ours): held-out loss / AdamW's"
     for variant in ("one-mean", "opposite"):
         for peak in RATES:
@@ -51,8 +52,9 @@ def claims(runs: training.Runs) -> training.Found:
 
 
 def ratio(runs: training.Runs, variant: str, peak: float) -> float:
-    """Mean held-out loss over the seeds, over AdamW's."""
-    return float(held_out(runs, variant, peak).mean() / held_out(runs, "adamw", peak).mean())
+    """Mean held-out loss over the seeds, over AdamW's with the same seeds."""
+    own, adamw = held_out(runs, variant, peak), held_out(runs, "adamw", peak)
+    return float(own.mean() / adamw[: len(own)].mean())
 
 
 def lowered(runs: training.Runs, peak: float) -> float:

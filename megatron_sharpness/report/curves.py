@@ -29,7 +29,7 @@ from megatron_sharpness.report.records import Array, Record, Run, column
 from megatron_sharpness.report.stages import (
     ABOVE_EDGE,
     BELOW_EDGE,
-    EARLY_REDUCTION,
+    EARLY_TRANSIENT,
     EDGE_OF_STABILITY,
     INTERMEDIATE_SATURATION,
     PROGRESSIVE_SHARPENING,
@@ -40,7 +40,7 @@ from megatron_sharpness.report.stages import (
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 STAGE_COLORS = {
-    EARLY_REDUCTION: "#BFDDF0",
+    EARLY_TRANSIENT: "#BFDDF0",
     INTERMEDIATE_SATURATION: "#CFE5C9",
     PROGRESSIVE_SHARPENING: "#F8DFA5",
     EDGE_OF_STABILITY: "#F0B48C",

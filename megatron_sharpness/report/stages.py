@@ -1,8 +1,10 @@
 """Where a run stands, read off its curve of λ_c by rules of thumb.
 
-These rules are ours, not the paper's: they put the field's words to a curve, and a look at the
-curve settles what they leave open. All of them compare logarithms, since λ_c is read by factors,
-and use only measurements that found η_c. Four quantities enter:
+The names of the four regimes of a training, early transient, intermediate saturation, progressive
+sharpening and edge of stability, are those of Kalra and Barkeshli 2023 (arXiv 2302.12250). The
+rules are ours: they put the field's words to a curve, and a look at the curve settles what they
+leave open. All of them compare logarithms, since λ_c is read by factors, and use only measurements
+that found η_c. Four quantities enter:
 
 - *level*: the running median of log λ_c over √n of the n measurements, or ``WINDOW`` where that is
   more. One odd batch does not move it.
@@ -20,8 +22,8 @@ Each measurement is in the first of these stages that fits:
   factor ``BAND`` of the line, and λ_c itself reaches ``TOUCH`` of the line at the share
   ``TOUCHING`` of them. Mini-batch training, which stays below the line, does not.
 - ``ABOVE_EDGE``: the ratio is above the line by more than ``BAND``.
-- ``EARLY_REDUCTION``: the first falling trend, if it begins in the first ``EARLY`` of the run, and
-  what is before it.
+- ``EARLY_TRANSIENT``: the first falling trend, if it begins in the first ``EARLY`` of the run, and
+  what is before it. A spike of λ_c at its start, over in two or three measurements, is part of it.
 - ``PROGRESSIVE_SHARPENING``: a rising trend.
 - ``INTERMEDIATE_SATURATION``: none of these, before the first ``PROGRESSIVE_SHARPENING``, if that
   is half over while the line is within the factor ``BAND`` of its lowest: λ_c rests below the line,
@@ -54,7 +56,7 @@ from numpy.typing import NDArray
 
 from megatron_sharpness.report.records import Array, Curve, Run
 
-EARLY_REDUCTION = "early reduction"
+EARLY_TRANSIENT = "early transient"
 PROGRESSIVE_SHARPENING = "progressive sharpening"
 EDGE_OF_STABILITY = "edge of stability"
 INTERMEDIATE_SATURATION = "intermediate saturation"
@@ -80,7 +82,7 @@ LOSS_SPIKE = 1.1  # highest loss of the event / median loss of the ``WINDOW`` me
 
 #: The rules in a sentence each, for readers of the page.
 RULES = {
-    EARLY_REDUCTION: f"λ_c falls by a factor of {TREND:g} or more, for the first time and beginning"
+    EARLY_TRANSIENT: f"λ_c falls by a factor of {TREND:g} or more, for the first time and beginning"
     f" in the first {EARLY:.0%} of the measurements.",
     PROGRESSIVE_SHARPENING: f"λ_c rises by a factor of {TREND:g} or more, below the line.",
     EDGE_OF_STABILITY: f"λ_c stays within a factor of {BAND:g} of the line 2/η − γ for "
@@ -203,8 +205,8 @@ def find_stages(
         first, last = _without_flat_ends(level, first, last)
         if rises:
             names[first : last + 1] = PROGRESSIVE_SHARPENING
-        elif first < EARLY * len(level) and EARLY_REDUCTION not in names:
-            names[: last + 1][names[: last + 1] == BELOW_EDGE] = EARLY_REDUCTION
+        elif first < EARLY * len(level) and EARLY_TRANSIENT not in names:
+            names[: last + 1][names[: last + 1] == BELOW_EDGE] = EARLY_TRANSIENT
     ratio = running_median(log_ratio)
     names[ratio > np.log(BAND)] = ABOVE_EDGE
     for first, last in _stretches(np.abs(ratio) <= np.log(BAND)):

@@ -168,7 +168,7 @@ def test_the_page_loads_nothing(pages: dict[str, Path], name: str) -> None:
 def test_every_curve_of_one_run_is_drawn(opened: dict[str, Opened]) -> None:
     measurements = len(read_records(QUICKSTART))
     assert opened["one"].page.shapes == {
-        ("xy", "bar"): 3,  # early reduction, below the edge, progressive sharpening
+        ("xy", "bar"): 3,  # early transient, below the edge, progressive sharpening
         ("x2y2", "js-line"): 3,  # λ_c and both lines
         ("x2y2", "point"): measurements,
         ("x3y3", "js-line"): 2,  # η and η_c

@@ -13,7 +13,7 @@ from megatron_sharpness.report.stages import (
     ABOVE_EDGE,
     BELOW_EDGE,
     CATAPULT_WITHIN,
-    EARLY_REDUCTION,
+    EARLY_TRANSIENT,
     EDGE_OF_STABILITY,
     INTERMEDIATE_SATURATION,
     LEAST,
@@ -57,7 +57,7 @@ def test_full_batch_training_goes_through_all_stages(scatter: float) -> None:
     for seed in range(20):
         found = find(noisy(ratio, scatter, seed))
         assert names(found) == [
-            EARLY_REDUCTION, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING, EDGE_OF_STABILITY
+            EARLY_TRANSIENT, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING, EDGE_OF_STABILITY
         ]  # fmt: skip
         assert found.now == EDGE_OF_STABILITY
         assert not found.catapults
@@ -114,23 +114,30 @@ def test_staying_above_the_line_has_a_name() -> None:
     assert found.stages[-1].first == 310
 
 
-def test_only_the_first_fall_is_the_early_reduction() -> None:
+def test_only_the_first_fall_is_the_early_transient() -> None:
     twice = find(ratios((10, 0.8, 0.2), (30, 0.2, 0.6), (30, 0.6, 0.1)))
     rests = (BELOW_EDGE, INTERMEDIATE_SATURATION)
     trends = [name for name in names(twice) if name not in rests]
-    assert trends == [EARLY_REDUCTION, PROGRESSIVE_SHARPENING]
+    assert trends == [EARLY_TRANSIENT, PROGRESSIVE_SHARPENING]
     assert twice.now == BELOW_EDGE
     both_early = find(ratios((10, 0.8, 0.1), (8, 0.1, 0.7), (8, 0.7, 0.1), (80, 0.1, 0.1)))
-    assert names(both_early).count(EARLY_REDUCTION) == 1
+    assert names(both_early).count(EARLY_TRANSIENT) == 1
     late = find(ratios((40, 0.6, 0.6), (20, 0.6, 0.1)))
     assert names(late) == [BELOW_EDGE]
 
 
+def test_a_spike_at_the_start_belongs_to_the_early_transient() -> None:
+    spike = ratios((1, 0.4, 0.4), (1, 0.9, 0.9), (8, 0.6, 0.1), (20, 0.1, 0.1), (30, 0.1, 0.8))
+    found = find(spike)
+    assert names(found) == [EARLY_TRANSIENT, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING]
+    assert found.stages[0].first == 10
+
+
 def test_a_short_rest_belongs_to_the_stage_before_it() -> None:
     rests = {n: ratios((12, 0.8, 0.2), (n, 0.2, 0.2), (12, 0.2, 0.8)) for n in (1, 20)}
-    assert names(find(rests[1])) == [EARLY_REDUCTION, PROGRESSIVE_SHARPENING]
+    assert names(find(rests[1])) == [EARLY_TRANSIENT, PROGRESSIVE_SHARPENING]
     assert names(find(rests[20])) == [
-        EARLY_REDUCTION, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING
+        EARLY_TRANSIENT, INTERMEDIATE_SATURATION, PROGRESSIVE_SHARPENING
     ]  # fmt: skip
 
 
@@ -234,7 +241,7 @@ def test_what_is_no_catapult(ratio: Array) -> None:
 def test_the_quick_start_reduces_rests_and_sharpens_in_the_decay() -> None:
     run = Run("quickstart", read_records(ROOT / "benchmarks/results/quickstart.jsonl"))
     found = stages_of(run)
-    assert names(found) == [EARLY_REDUCTION, BELOW_EDGE, PROGRESSIVE_SHARPENING]
+    assert names(found) == [EARLY_TRANSIENT, BELOW_EDGE, PROGRESSIVE_SHARPENING]
     assert 300 <= found.stages[-1].first <= 340  # the decay begins at 300
     assert not found.catapults
 
