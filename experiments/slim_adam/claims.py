@@ -29,14 +29,13 @@ def claims(runs: training.Runs) -> training.Found:
         yield text, f"η = {peak:g}", lowered(runs, peak), 0.0, 1.0
     text = f"means do without nearly all second moments {PAPER}: share saved"
     yield text, "by its rule, SNR of 1", saved(list(kinds.values()), "slim"), 0.9, 1.0
-    text = "and train to a loss that is 0 to 5 % higher, beyond the best rate more (the paper: to the"
-    text += " same): held-out loss / AdamW's"
+    text = "and train to 0 to 5 % more loss, beyond the best rate to more (the paper: to the same)"
     for peak in RATES:
         lowest, highest = (1.0, 1.05) if peak < RATES[-1] else (1.05, np.inf)
         yield text, f"η = {peak:g}", ratio(runs, "slim", peak), lowest, highest
     text = "those of SNR 4 or more do without over half (ours): share saved"
     yield text, "by SNR of 4", saved(list(kinds.values()), "careful"), 0.5, 1.0
-    text = "and at the rate that the rule was made at they train to the same loss, not at others (ours)"
+    text = "and train to the same loss at the rate that the rule was made at, not at others (ours)"
     for peak in RATES:
         lowest, highest = (0.985, 1.015) if peak == RATES[0] else (1.015, np.inf)
         yield text, f"η = {peak:g}", ratio(runs, "careful", peak), lowest, highest

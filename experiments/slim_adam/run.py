@@ -114,4 +114,5 @@ def saved(kinds: Sequence[Kind], variant: str) -> float:
 
 def held_out(runs: training.Runs, variant: str, peak: float) -> np.ndarray:
     """The loss in the end with each of its seeds."""
-    return np.array([runs[f"{variant}-{peak:g}-{seed}"][-1]["held_out"] for seed in seeds_of(variant)])
+    names = [f"{variant}-{peak:g}-{seed}" for seed in seeds_of(variant)]
+    return np.array([runs[name][-1]["held_out"] for name in names])
