@@ -1,4 +1,4 @@
-"""``python -m experiments.phase_diagram``: the diagrams and the regimes; four minutes."""
+"""``python -m experiments.phase_diagram``: the diagrams and the regimes; eight minutes."""
 
 from __future__ import annotations
 
