@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 #: In the order of the table.
 EXPERIMENTS = (
     "uv", "fcn", "adam_edge", "weight_decay", "phase_diagram", "tracking", "gpt_wsd",
-    "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight",
-    "phase_diagram", "warmup", "slim_adam", "recurrence",
+    "batch", "mix", "checkpoints", "parts", "learning_rate", "foresight", "warmup",
+    "slim_adam", "recurrence",
 )  # fmt: skip
 
 
