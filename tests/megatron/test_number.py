@@ -299,9 +299,11 @@ def test_masters_of_which_the_weight_is_a_half_give_the_same_numbers(tmp_path: P
     own, kept = with_masters(tmp_path, "--bf16")
     for name in ("loss", "slope", "update_norm", "noise", "replay_error"):
         assert kept[0][name] == own[0][name], name
-    # A weight between two of bf16 is rounded away from zero, where Megatron's goes to even.
-    for theirs, ours in zip(own, kept, strict=True):
-        assert ours["critical_lr"] == pytest.approx(theirs["critical_lr"], rel=1e-3)
+    # A weight between two of bf16 is rounded away from zero, where Megatron's goes to even. So the
+    # trainings part: their losses by 1e-4 nat at the sixth step, on CPUs without AVX-512.
+    for number, (theirs, ours) in enumerate(zip(own, kept, strict=True)):
+        precision = theirs["critical_lr_error"] if number else 1e-3
+        assert ours["critical_lr"] == pytest.approx(theirs["critical_lr"], rel=precision)
 
 
 @pytest.mark.rare
