@@ -44,7 +44,7 @@ def claims(runs: training.Runs) -> training.Found:
         for peak in RATES:
             case = f"{variant.replace('-', ' ')}, η = {peak:g}"
             yield text, case, ratio(runs, variant, peak), 1.03, np.inf
-    text = "and leave λ_c where it was (ours): median of the stable phase / AdamW's"
+    text = "SlimAdam's λ_c is near AdamW's (ours): median of the stable phase / AdamW's"
     for peak in RATES:
         factor = stable(runs, "slim", peak) / stable(runs, "adamw", peak)
         yield text, f"η = {peak:g}", factor, 0.7, 1.4

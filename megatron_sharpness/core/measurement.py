@@ -48,6 +48,7 @@ TAGS = {
 #: What the means of second moments are taken over: the columns of each row, the rows of each
 #: column, or all (:mod:`megatron_sharpness.core.second_moments`).
 OVER = ("fan_in", "fan_out", "both")
+SNR_TAG = "adam-snr"
 
 
 #: The name of the step's own batch, which a loss on other data cannot have.
@@ -180,7 +181,7 @@ class Measurement:
         if self.name != TRAIN:
             values = {f"{tag}/{self.name}": values[tag] for tag in RELATIVE_TAGS}
         for kind, ratios in (self.adam_snr or {}).items():
-            values |= {f"adam-snr/{kind}/{over}": ratios[over] for over in OVER}
+            values |= {f"{SNR_TAG}/{kind}/{over}": ratios[over] for over in OVER}
         return {tag: float(value) for tag, value in values.items() if value is not None}
 
 

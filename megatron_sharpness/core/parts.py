@@ -33,7 +33,7 @@ THIRDS = ("first-third", "middle-third", "last-third")
 OUTSIDE = "outside"
 
 PRESETS = ("modules", "groups", "layers")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|layer|block|h)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|layer|block|h)\.(\d+)\.")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -146,7 +146,7 @@ def _labels(chosen: str | Mapping[str, str], weight: Weight, depth: int) -> tupl
 def _layer(name: str) -> int:
     """The number of the layer that a parameter is in; -1 outside, and in a layer that predicts
     further tokens."""
-    found = None if "mtp" in name.split(".") else _LAYER.search(name)
+    found = None if "mtp" in name.split(".") else LAYER.search(name)
     return int(found[1]) if found else -1
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_sharpness.core.errors import ProbeError, reason_of
 from megatron_sharpness.core.measurement import OVER
+from megatron_sharpness.core.parts import LAYER
 from megatron_sharpness.core.replay import all_max, first_error, of_all_ranks
 
 #: Elements of second moments that are taken at a time, and of sums that are reduced at a time.
@@ -35,8 +36,7 @@ CHUNK, REDUCED = 2**20, 2**22
 #: Relative variance of what differs by rounding alone.
 ROUNDING = 1e-12
 
-#: In a name, the number of a layer, which is the first one, and that of an expert.
-_LAYER = re.compile(r"\.\d+(?=\.)")
+#: In a name, the number of an expert.
 _EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)|(?<=\.weight)\d+$")
 
 
@@ -239,14 +239,15 @@ def _ratios(matrix: Matrix, sums: Tensor) -> Tensor:
     stack, rows, columns = matrix.shape
     by_row = sums[: 2 * stack * rows].view(2, stack, rows)
     by_column = sums[2 * stack * rows : -1].view(2, stack, columns)
-    return torch.stack(
+    ratios = torch.stack(
         (
-            sums[-1],
             _ratio(by_row, columns),
             _ratio(by_column, rows),
             _ratio(by_row.sum(dim=-1), rows * columns),
         )
     )
+    known = torch.where(sums.isfinite().all(), ratios, math.nan)
+    return torch.cat((sums[-1:], known))
 
 
 def _ratio(sums: Tensor, number: int) -> Tensor:
@@ -266,7 +267,10 @@ def _ratio(sums: Tensor, number: int) -> Tensor:
 
 def kind_of(name: str) -> str:
     """The name of a matrix without the numbers of its layer and its expert."""
-    return _EXPERT.sub("", _LAYER.sub("", name, count=1))
+    layer = LAYER.search(name)
+    if layer is not None:
+        name = name[: layer.start(1) - 1] + name[layer.end(1) :]
+    return _EXPERT.sub("", name)
 
 
 def by_kind(found: Mapping[Matrix, Sequence[float]]) -> dict[str, dict[str, Any]]:
@@ -292,10 +296,11 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def stacked(shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """Matrices, rows and columns of a parameter: a matrix is one, a tensor of three dimensions a
-    stack of them; None for what is neither."""
-    if len(shape) not in (2, 3):
+def stacked(name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """Matrices, rows and columns of a parameter: a matrix is one, and what experts have in three
+    dimensions a stack of them. None for all else, as vectors, convolutions, and what is empty."""
+    dimensions = (2, 3) if "expert" in name else (2,)
+    if len(shape) not in dimensions or 0 in shape:
         return None
     stack, rows, columns = (1, *shape)[-3:]
     return stack, rows, columns

@@ -27,10 +27,10 @@ def check_has_moments(options: Any) -> None:
     Raises:
         SettingError: names the reason and the remedy.
     """
-    if options.optimizer in ("sgd", "lion"):
+    if options.optimizer in ("sgd", "lion", "soap"):
         raise SettingError(
-            "adam_snr", True, f"the optimizer {options.optimizer} keeps no second moments; train "
-            "with adam, or leave it out"
+            "adam_snr", True, f"the optimizer {options.optimizer} keeps no second moments of rows "
+            "and columns; train with adam, or leave it out"
         )  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def sources_of(leaves: Sequence[Leaf], model: Sequence[Any]) -> list[Source]:
 def _pieces(leaf: Leaf, names: Mapping[int, str]) -> Iterator[Piece]:
     for each in leaf.stepped():
         weight = each.parameter if each.weight is None else each.weight
-        inner, block = leaf.optimizer.optimizer, stacked(weight.shape)
+        name = name_of(each, names)
+        inner, block = leaf.optimizer.optimizer, stacked(name, weight.shape)
         there = _MOMENTS in inner.state.get(each.parameter, {})
         if not there or block is None or not leaf.counts(each.parameter):
             continue
@@ -58,7 +59,7 @@ def _pieces(leaf: Leaf, names: Mapping[int, str]) -> Iterator[Piece]:
             split = int(weight.partition_dim) + 3 - weight.dim()  # type: ignore[attr-defined]
             shape[split] *= ranks
             offset[split] = rank * block[split]
-        matrix = Matrix(name_of(each, names), (shape[0], shape[1], shape[2]), _expert_rank(weight))
+        matrix = Matrix(name, (shape[0], shape[1], shape[2]), _expert_rank(weight))
         read = functools.partial(_moments, inner, each.parameter)
         yield Piece(matrix, read, block, (offset[0], offset[1], offset[2]), each.start)
 

@@ -36,7 +36,7 @@ def check_has_moments(optimizers: Sequence[Optimizer]) -> None:
     if not any("betas" in group for each in optimizers for group in each.param_groups):
         kinds = ", ".join(sorted({type(each).__name__ for each in optimizers}))
         raise SettingError(
-            "adam_snr", True, f"{kinds} keeps no second moments; train with Adam, or leave it out"
+            "adam_snr", True, f"{kinds} keeps no exp_avg_sq; train with Adam, or leave it out"
         )
 
 
@@ -57,20 +57,25 @@ def _pieces(model: nn.Module, shards: Sequence[Tensors]) -> Iterator[Piece]:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for held in shards:
         for parameter in held.parameters():
-            name = name_of(parameter, names)
+            name = name_of(parameter, names) or "unnamed"
             # Stages of a pipeline may have the same names, on other ranks or on one.
             copy = held.first_rank + ranks * seen[name]
             seen[name] += 1
             moments = held.state_of(parameter).get(_MOMENTS)
             place = held.place_of(parameter)
-            shape, block = stacked(place.shape), stacked(place.block)
+            shape, block = stacked(name, place.shape), stacked(name, place.block)
             if moments is None or shape is None or block is None or not held.is_counted(parameter):
                 continue
-            if moments.shape != parameter.shape:  # already means, or of another basis
+            if moments.shape != parameter.shape or _is_rotated(held):  # means already, or no rows
                 continue
             number, row, column = (0, 0, 0, *place.offset)[-3:]
             matrix, offset = Matrix(name, shape, copy), (number, row, column)
             yield Piece(matrix, partial(_values, moments), block, offset, place.start)
+
+
+def _is_rotated(shards: Tensors) -> bool:
+    """Whether the optimizer keeps them in another basis, whose rows are no outputs."""
+    return "SOAP" in type(shards.optimizer).__name__.upper()
 
 
 def _values(moments: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sharpness.core.errors import InputError
-from megatron_sharpness.core.measurement import TAGS
+from megatron_sharpness.core.measurement import SNR_TAG, TAGS
 from megatron_sharpness.report.records import Curve, Logged
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -129,7 +129,7 @@ def _open(folder: Path) -> Any:
 def _tags(events: Any) -> list[str]:
     """All but those that the measurements themselves are written under."""
     tags = events.Tags()["scalars"]
-    return sorted(tag for tag in tags if re.split(r"/| vs ", tag)[0] not in TAGS)
+    return sorted(tag for tag in tags if re.split(r"/| vs ", tag)[0] not in (*TAGS, SNR_TAG))
 
 
 def _logged(events: Any) -> Logged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import partial
 
@@ -89,6 +90,13 @@ def test_what_does_not_vary_is_left_out() -> None:
     assert measured([constant])["w"] == [None, None, None]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_of_moments_that_are_not_finite_nothing_is_told(value: float) -> None:
+    v = moments(6, 4)
+    v[2, 1] = value
+    assert measured([Piece(Matrix("w", (1, 6, 4)), lambda: v, (1, 6, 4))])["w"] == [None] * 3
+
+
 def test_a_piece_that_is_missing_is_told_once() -> None:
     said: list[str] = []
     v = moments(6, 4)
@@ -154,6 +162,8 @@ def test_a_kind_is_the_mean_of_its_layers() -> None:
         ("layers.3.mlp.experts.linear_fc1.weight5", "layers.mlp.experts.linear_fc1.weight"),
         ("blocks.2.mlp.0.weight", "blocks.mlp.0.weight"),
         ("0.weight", "0.weight"),
+        ("encoder.mlp.2.weight", "encoder.mlp.2.weight"),
+        ("h.7.attn.weight", "h.attn.weight"),
         ("model.embed_tokens.weight", "model.embed_tokens.weight"),
     ],
 )  # fmt: skip

@@ -19,17 +19,20 @@ from megatron_sharpness.pytorch import CriticalSharpness
 
 
 class Model(nn.Module):
-    """A matrix, a stack of two, a vector and a convolution."""
+    """A matrix, a stack of two, a vector, convolutions, and nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.matrix = nn.Linear(6, 4)
         self.experts = nn.Parameter(0.3 * torch.randn(2, 4, 5))
         self.filters = nn.Conv2d(1, 1, 2)
+        self.line = nn.Conv1d(1, 1, 1)
+        self.empty = nn.Parameter(torch.zeros(0, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         mixed: Tensor = torch.einsum("ni,eio->nio", self.matrix(x), self.experts)
-        return self.filters(mixed[:, None]).flatten(1).sum(dim=1)
+        filtered = self.line(self.filters(mixed[:, None]).flatten(2)).flatten(1)
+        return filtered.sum(dim=1) + self.empty.sum()
 
 
 def measured(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Measurement:
@@ -83,10 +86,27 @@ def test_moments_that_are_means_already_are_left_out() -> None:
     assert found is not None and set(found) == {"experts"}
 
 
+def test_moments_of_another_basis_are_left_out() -> None:
+    class SOAP(torch.optim.AdamW):
+        """Keeps them of rotated gradients."""
+
+    model = Model()
+    rest = [p for p in model.parameters() if p is not model.matrix.weight]
+    optimizers = [SOAP([model.matrix.weight], lr=1e-3), torch.optim.AdamW(rest, lr=1e-3)]
+    sharpness = CriticalSharpness(model, optimizers, every=1, adam_snr=True)
+    x = torch.randn(32, 6)
+    model(x).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    record = sharpness.after_step(0, lambda: (model(x).square().sum(), 32))
+    assert record is not None and record.adam_snr is not None
+    assert set(record.adam_snr) == {"experts"}
+
+
 def test_an_optimizer_without_them_is_refused() -> None:
     model = Model()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(SettingError, match="adam_snr=True: SGD keeps no second moments; train"):
+    with pytest.raises(SettingError, match="adam_snr=True: SGD keeps no exp_avg_sq; train"):
         CriticalSharpness(model, sgd, adam_snr=True)
     with pytest.raises(SettingError, match="adam_snr='yes': give True"):
         CriticalSharpness(model, sgd, adam_snr="yes")

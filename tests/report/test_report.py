@@ -226,7 +226,8 @@ def test_tensorboard_gives_loss_and_learning_rate(tmp_path: Path) -> None:
 
 
 def test_event_files_with_nothing_but_our_curves_need_no_word(tmp_path: Path) -> None:
-    tags = ("critical-sharpness", "critical-sharpness vs samples", "critical-learning-rate/code")
+    tags = ("critical-sharpness", "critical-sharpness vs samples", "critical-learning-rate/code",
+            "adam-snr/loss_head.weight/fan_in", "adam-snr/lr.weight/both")  # fmt: skip
     write_events(tmp_path, **{tag: [1] for tag in tags})
     assert read_tensorboard_beside(tmp_path / "critical_sharpness.jsonl").notes == []
 
