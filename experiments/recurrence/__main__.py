@@ -36,7 +36,7 @@ def draw(runs: analysis.Runs, path: Path) -> None:
             along.axvline(jump, color=figures.MUTED, linewidth=1.0, linestyle=(0, (4, 2)))
         along.set_yscale("log")
         along.set_ylim(10, 4000)
-        along.set_title(r"$\lambda_c$ along three trainings")
+        along.set_title(r"$\lambda_c$ along three trainings, injected")
         along.set_xlabel("step; dashed: the depth doubles")
         along.legend(loc="upper right", framealpha=1.0, edgecolor="none")
         _rises(rises, runs)
@@ -45,7 +45,7 @@ def draw(runs: analysis.Runs, path: Path) -> None:
                 spent = analysis.cost(each)[HELD_EVERY - 1 :: HELD_EVERY] / 1000
                 costs.plot(spent, each.held, color=color, linewidth=1.2,
                            label=None if number else label)  # fmt: skip
-        costs.set_title("Held-out loss, three seeds")
+        costs.set_title("Held-out loss, injected, three seeds")
         costs.set_xlabel("thousand blocks passed forward")
         costs.set_ylim(1.8, 3.2)
         costs.legend(frameon=False)
