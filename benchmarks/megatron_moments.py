@@ -3,7 +3,6 @@ iterations and signal-to-noise ratios of second moments are timed."""
 
 from __future__ import annotations
 
-import functools
 import os
 import runpy
 from typing import Any
@@ -15,19 +14,7 @@ from benchmarks.results import ROOT
 from megatron_sharpness.core.meter import Meter
 
 iterations: list[float] = []
-train_step, measure = training.train_step, Meter.with_second_moments
-
-
-@functools.wraps(train_step)
-def timed_step(*args: Any, **kwargs: Any) -> Any:
-    result = None
-
-    def step() -> None:
-        nonlocal result
-        result = train_step(*args, **kwargs)
-
-    iterations.append(ranks.clock(step))
-    return result
+measure = Meter.with_second_moments
 
 
 def timed_measure(meter: Meter, step: Any, sources: Any, device: Any) -> Any:
@@ -48,6 +35,6 @@ def timed_measure(meter: Meter, step: Any, sources: Any, device: Any) -> Any:
 
 
 if __name__ == "__main__":
-    training.train_step = timed_step
+    training.train_step = ranks.timed(training.train_step, iterations)
     Meter.with_second_moments = timed_measure  # type: ignore[method-assign]
     runpy.run_path(str(ROOT / "launch" / "pretrain_gpt.py"), run_name="__main__")

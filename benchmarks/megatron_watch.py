@@ -3,7 +3,6 @@ iterations and watch are timed."""
 
 from __future__ import annotations
 
-import functools
 import os
 import runpy
 from typing import Any
@@ -15,19 +14,7 @@ from benchmarks.results import ROOT
 from megatron_sharpness.megatron.step import ObservedStep
 
 iterations: list[float] = []
-train_step, watch = training.train_step, ObservedStep.watch
-
-
-@functools.wraps(train_step)
-def timed_step(*args: Any, **kwargs: Any) -> Any:
-    result = None
-
-    def step() -> None:
-        nonlocal result
-        result = train_step(*args, **kwargs)
-
-    iterations.append(ranks.clock(step))
-    return result
+watch = ObservedStep.watch
 
 
 def timed_watch(observed: ObservedStep) -> Any:
@@ -45,6 +32,6 @@ def timed_watch(observed: ObservedStep) -> Any:
 
 
 if __name__ == "__main__":
-    training.train_step = timed_step
+    training.train_step = ranks.timed(training.train_step, iterations)
     ObservedStep.watch = timed_watch  # type: ignore[method-assign]
     runpy.run_path(str(ROOT / "launch" / "pretrain_gpt.py"), run_name="__main__")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -76,6 +77,23 @@ def launch(
             outputs = [Path(folder, f"{rank}.txt").read_text()[-3000:] for rank in range(processes)]
             raise RuntimeError(f"{' '.join(command)} failed:\n" + "\n".join(outputs))
         return json.loads(out.read_text())
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """A function that adds to ``seconds`` how long each of its calls takes."""
+
+    @functools.wraps(function)
+    def timed_function(*args: Any, **kwargs: Any) -> Any:
+        result = None
+
+        def call() -> None:
+            nonlocal result
+            result = function(*args, **kwargs)
+
+        seconds.append(clock(call))
+        return result
+
+    return timed_function
 
 
 def write(result: Any) -> None:

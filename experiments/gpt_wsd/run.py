@@ -65,6 +65,11 @@ def text() -> Tensor:
     return tokens_of(python_prose())
 
 
+def texts(held_out: float) -> Sequence[Tensor]:
+    """The text without its last part, of this share, and that part."""
+    return text().tensor_split([int(len(text()) * (1.0 - held_out))])
+
+
 def batch_at(step: int, sequences: int = SEQUENCES) -> Tensor:
     """Tokens of a step, the same in every run."""
     return windows(text(), sequences, LENGTH, step)

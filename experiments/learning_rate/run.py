@@ -155,8 +155,7 @@ def learning_rate(case: Case, peak: float, step: int) -> float:
 
 def run(case: Case, peak: float) -> Training:
     """One training."""
-    text = gpt.text()
-    trained, held_out = text.tensor_split([int(len(text) * (1.0 - HELD_OUT))])
+    trained, held_out = gpt.texts(HELD_OUT)
     network = gpt.model(LAYERS, case.width, case.seed)
     optimizers = gpt.optimizers_of(case.optimizer, network)
     sharpness = CriticalSharpness(network, optimizers, every=EVERY)

@@ -190,8 +190,7 @@ class Training:
         self.loop = Loop(blocks[PRELUDE:-CODA], case.loop == "injected")
         self.network.blocks = nn.ModuleList([*blocks[:PRELUDE], self.loop, *blocks[-CODA:]])
         self.optimizer = gpt.optimizer_of(self.network)
-        text = gpt.text()
-        self.text, held_out = text.tensor_split([int(len(text) * (1.0 - HELD_OUT))])
+        self.text, held_out = gpt.texts(HELD_OUT)
         self.held_out = gpt.windows(held_out, PIECES, gpt.LENGTH, 0)
         self.batch = self.held_out
         self.made, self.next = 0, 1

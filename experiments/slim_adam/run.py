@@ -48,8 +48,7 @@ def seeds_of(variant: str) -> tuple[int, ...]:
 
 def run(variant: str, peak: float, seed: int, means: Means) -> list[training.Row]:
     """One training; the last record has the loss on held-out text, ``held_out``."""
-    text = gpt.text()
-    trained, held_out = text.tensor_split([int(len(text) * (1.0 - HELD_OUT))])
+    trained, held_out = gpt.texts(HELD_OUT)
     network = gpt.model(seed=seed)
     optimizer = SlimAdamW(
         groups_of(network, means), lr=1.0, betas=(0.9, 0.95), weight_decay=gpt.WEIGHT_DECAY

@@ -122,7 +122,8 @@ class Problem:
     def batch_at(self, step: int) -> Any:
         """The batch of a step, the same at every rate."""
         if self.kind == "gpt":
-            return gpt.windows(_texts()[0], SEQUENCES, gpt.LENGTH, 100_000 * self.seed + step)
+            text, _ = gpt.texts(HELD_OUT)
+            return gpt.windows(text, SEQUENCES, gpt.LENGTH, 100_000 * self.seed + step)
         inputs, labels = digits.images(TRAINED_ON, 1.0)
         chosen = np.random.default_rng((self.seed, step)).choice(TRAINED_ON, BATCH, replace=False)
         return inputs[chosen], labels[chosen]
@@ -130,14 +131,8 @@ class Problem:
     def held_out(self) -> Any:
         """What is not trained on."""
         if self.kind == "gpt":
-            return gpt.windows(_texts()[1], PIECES, gpt.LENGTH, 0)
+            return gpt.windows(gpt.texts(HELD_OUT)[1], PIECES, gpt.LENGTH, 0)
         return tuple(values[TRAINED_ON:] for values in digits.images(1797, 1.0))
-
-
-def _texts() -> Sequence[Tensor]:
-    """To train on, and held out."""
-    text = gpt.text()
-    return text.tensor_split([int(len(text) * (1.0 - HELD_OUT))])
 
 
 def chance(kind: str) -> float:
@@ -146,7 +141,7 @@ def chance(kind: str) -> float:
         share = digits.images(TRAINED_ON, 1.0)[1].mean(dim=0)
         labels = digits.images(1797, 1.0)[1][TRAINED_ON:]
         return 0.5 * (labels - share).square().sum(dim=1).mean().item()
-    seen, other = (torch.bincount(text, minlength=257) for text in _texts())
+    seen, other = (torch.bincount(text, minlength=257) for text in gpt.texts(HELD_OUT))
     return -(other / other.sum() * ((seen + 1) / (seen + 1).sum()).log()).sum().item()
 
 

@@ -30,6 +30,9 @@ from megatron_sharpness.core.measurement import OVER
 from megatron_sharpness.core.parts import LAYER
 from megatron_sharpness.core.replay import all_max, first_error, of_all_ranks
 
+#: What Adam calls them in its state.
+MOMENTS = "exp_avg_sq"
+
 #: Elements of second moments that are taken at a time, and of sums that are reduced at a time.
 CHUNK, REDUCED = 2**20, 2**22
 
@@ -150,7 +153,7 @@ class SecondMoments:
         try:
             found = self._measured(sources, device)
             if not found:
-                raise ProbeError("no optimizer has second moments (exp_avg_sq) of a matrix")
+                raise ProbeError(f"no optimizer has second moments ({MOMENTS}) of a matrix")
             return by_kind(found)
         except Exception as error:  # whatever it is, the run goes on
             if not self._silent:

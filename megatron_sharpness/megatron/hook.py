@@ -118,7 +118,8 @@ class MeasuredTrainStep:
         graphs.note_losses(call.arguments["forward_backward_func"], noting)  # before it is captured
         model, optimizer = call.arguments["model"], call.arguments["optimizer"]
         if self._parts is None and self._settings.parts is not None:  # before the first step
-            self._parts = _parts_of(self._settings.parts, model, optimizer)
+            with _named_as_flags():
+                self._parts = PartsOfModel(self._settings.parts, model, optimizer)
         if not due and self._frozen is None:
             return self._train_step(*args, **kwargs)
         if self._frozen is not None and self._frozen_run is None:
@@ -222,16 +223,10 @@ def _evaluation_set(name: str, path: Path) -> EvaluationSet:
     )
 
 
-def _parts_of(chosen: str | Mapping[str, str], model: Any, optimizer: Any) -> PartsOfModel:
+@contextlib.contextmanager
+def _named_as_flags() -> Iterator[None]:
     try:
-        return PartsOfModel(chosen, model, optimizer)
-    except SettingError as error:
-        raise as_flag(error) from None
-
-
-def _check_has_moments(args: Any) -> None:
-    try:
-        check_has_moments(args)
+        yield
     except SettingError as error:
         raise as_flag(error) from None
 
@@ -276,7 +271,8 @@ def attach(args: Any, recorder: Recorder | None = None) -> None:
     check_log_is_writable(args)
     refuse_unsupported(args)
     if settings.adam_snr:
-        _check_has_moments(args)
+        with _named_as_flags():
+            check_has_moments(args)
     for fault in faults_of_megatron(args):
         warnings.warn(f"Megatron itself is wrong here: {fault}", stacklevel=2)
     check_interfaces(NEEDED, getattr(training, "train_step", None))

@@ -10,12 +10,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_sharpness.core.errors import SettingError
-from megatron_sharpness.core.second_moments import Matrix, Piece, Source, stacked
+from megatron_sharpness.core.second_moments import MOMENTS, Matrix, Piece, Source, stacked
 from megatron_sharpness.megatron.parts import name_of, names_of
 from megatron_sharpness.megatron.shards import Leaf
-
-#: Adam's name for them.
-_MOMENTS = "exp_avg_sq"
 
 
 def check_has_moments(options: Any) -> None:
@@ -50,7 +47,7 @@ def _pieces(leaf: Leaf, names: Mapping[int, str]) -> Iterator[Piece]:
         weight = each.parameter if each.weight is None else each.weight
         name = name_of(each, names)
         inner, block = leaf.optimizer.optimizer, stacked(name, weight.shape)
-        there = _MOMENTS in inner.state.get(each.parameter, {})
+        there = MOMENTS in inner.state.get(each.parameter, {})
         if not there or block is None or not leaf.counts(each.parameter):
             continue
         shape, offset = list(block), [0, 0, 0]
@@ -67,9 +64,9 @@ def _pieces(leaf: Leaf, names: Mapping[int, str]) -> Iterator[Piece]:
 def _moments(inner: Any, parameter: Tensor) -> Tensor:
     """What this rank has of a parameter's second moments."""
     if hasattr(inner, "get_unscaled_state"):  # they may be kept in 16 bits, or in 8
-        moments: Tensor = inner.get_unscaled_state(parameter, _MOMENTS)
+        moments: Tensor = inner.get_unscaled_state(parameter, MOMENTS)
     else:
-        moments = inner.state[parameter][_MOMENTS]
+        moments = inner.state[parameter][MOMENTS]
     return getattr(moments, "_local_tensor", moments)
 
 

@@ -13,13 +13,10 @@ from torch.optim import Optimizer
 
 from megatron_sharpness.core.errors import SettingError
 from megatron_sharpness.core.replay import all_sum
-from megatron_sharpness.core.second_moments import Matrix, Piece, Source, stacked
+from megatron_sharpness.core.second_moments import MOMENTS, Matrix, Piece, Source, stacked
 from megatron_sharpness.pytorch.parts import name_of, names_of
 from megatron_sharpness.pytorch.passes import collective_device
 from megatron_sharpness.pytorch.shards import Tensors, deepspeed, local
-
-#: Adam's name for them.
-_MOMENTS = "exp_avg_sq"
 
 
 def check_has_moments(optimizers: Sequence[Optimizer]) -> None:
@@ -36,7 +33,7 @@ def check_has_moments(optimizers: Sequence[Optimizer]) -> None:
     if not any("betas" in group for each in optimizers for group in each.param_groups):
         kinds = ", ".join(sorted({type(each).__name__ for each in optimizers}))
         raise SettingError(
-            "adam_snr", True, f"{kinds} keeps no exp_avg_sq; train with Adam, or leave it out"
+            "adam_snr", True, f"{kinds} keeps no {MOMENTS}; train with Adam, or leave it out"
         )
 
 
@@ -61,7 +58,7 @@ def _pieces(model: nn.Module, shards: Sequence[Tensors]) -> Iterator[Piece]:
             # Stages of a pipeline may have the same names, on other ranks or on one.
             copy = held.first_rank + ranks * seen[name]
             seen[name] += 1
-            moments = held.state_of(parameter).get(_MOMENTS)
+            moments = held.state_of(parameter).get(MOMENTS)
             place = held.place_of(parameter)
             shape, block = stacked(name, place.shape), stacked(name, place.block)
             if moments is None or shape is None or block is None or not held.is_counted(parameter):
