@@ -63,6 +63,11 @@ def _of_loss(runs: analysis.Runs) -> training.Found:
         pairs = analysis.pairs(runs, loop, "retrofit")
         excess = np.mean([analysis.excess(*each, RETROFIT) for each in pairs])
         yield text, name, float(excess), 0.03, 3.0
+    text = "most at its first step (ours): loss − plain GPT's of the same batch, in nats"
+    for name, loop in RETROFITS.items():
+        pairs = analysis.pairs(runs, loop, "retrofit")
+        first = [each.loss[RETROFIT - 1] - plain.loss[RETROFIT - 1] for each, plain in pairs]
+        yield text, name, float(np.mean(first)), 0.03, 3.0
     constant = [run for run, _ in analysis.pairs(runs, "injected", "8")]
     doubled = [run for run, _ in analysis.pairs(runs, "injected", "doubled")]
     cost, full = (analysis.cost(each[0])[-1] for each in (doubled, constant))

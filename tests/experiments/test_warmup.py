@@ -77,6 +77,29 @@ def test_the_critical_rate_parts_a_first_step_that_lowers_the_loss(optimizer: st
             assert (problem.loss(network, batch) > before).item() == rises
 
 
+def test_gi_adams_second_moments_begin_at_the_first_gradient_squared() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = run.GIAdam([weight], lr=0.1, betas=(0.9, 0.99), eps=0.0)
+    first, second = torch.tensor([[2.0, -0.5], [4.0, 1.0]], dtype=torch.float64)
+    weight.grad = first
+    optimizer.step()
+    steps = [weight.detach().clone()]
+    weight.grad = second
+    optimizer.step()
+    steps.append(weight.detach() - steps[0])
+    moments = 0.99 * first**2 + 0.01 * second**2  # after the first step they still are g₁²
+    momentum = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+    assert torch.allclose(steps[0], -0.1 * (1 - 0.99) ** 0.5 * first.sign())
+    assert torch.allclose(steps[1], -0.1 * momentum / (moments / (1 - 0.99**2)).sqrt())
+
+
+def test_the_sharp_start_is_sharper_than_the_flat_one() -> None:
+    sharp, flat = (Problem(f"digits-{start}", "sgd", 0) for start in ("sharp", "flat"))
+    assert flat.network()(flat.batch_at(1)[0]).abs().max() == 0.0  # its last layer is of zeros
+    rates = [first_update(problem).critical_lr for problem in (sharp, flat)]
+    assert rates[0] is not None and rates[1] is not None and rates[0] < 0.7 * rates[1]
+
+
 def test_a_warm_up_trains_where_none_diverges() -> None:
     problem, target = Problem("digits-sharp", "sgd", 0), 0.32
     (none,), _ = run.train(problem, Ramp(target, 1).rate_at, (96,))

@@ -44,6 +44,7 @@ def test_resumed_measurements_are_the_uninterrupted_ones(
     checkpoints: str, sharding: str, tmp_path: Path
 ) -> None:
     flags = f"{FLAGS} {sharding} --critical-sharpness-eval-data sums={other_data(tmp_path)}"
+    flags += " --measure-adam-snr"  # of moments that a checkpoint has brought
     saving = f"{flags} --ckpt-format {checkpoints} --save-interval 4 --save {tmp_path}/checkpoints"
     whole = run(tmp_path / "whole", flags, processes=2, every=2, model=LONG).expect_success()
     run(
@@ -57,6 +58,7 @@ def test_resumed_measurements_are_the_uninterrupted_ones(
     # Those of other data too, whose search starts where its own last one ended.
     assert len(second.timeless_records) == 4
     assert second.timeless_records == whole.timeless_records[4:]
+    assert all(record["adam_snr"] for record in second.records)
 
 
 def test_a_checkpoint_without_the_state_loads(tmp_path: Path) -> None:
