@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -71,6 +74,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="with MEGATRON_LM: all recipes of the checkout, not a sample of them",
     )
+    parser.addoption(
+        "--begin-until",
+        type=float,
+        metavar="TIME",
+        help="seconds since the epoch: what would begin later is skipped, and named; files are "
+        "begun in another order each day, so that each has its turn",
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -82,13 +92,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        file = item.path.relative_to(ROOT).as_posix()
-        return LONG.index(file) if file in LONG else len(LONG)
-
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        file = item.path.relative_to(ROOT).as_posix()
-        if any(fnmatchcase(f"{file}::{item.name}", f"{each}*") for each in RARE):
+        if any(fnmatchcase(f"{_file(item)}::{item.name}", f"{each}*") for each in RARE):
             item.add_marker(pytest.mark.rare)
-    items.sort(key=place)
+    files = list(dict.fromkeys(_file(item) for item in items))
+    files.sort(key=lambda file: LONG.index(file) if file in LONG else len(LONG))
+    if config.getoption("begin_until") is not None:
+        random.Random(date.today().toordinal()).shuffle(files)
+    turns = {file: turn for turn, file in enumerate(files)}
+    items.sort(key=lambda item: turns[_file(item)])
+
+
+@pytest.hookimpl(tryfirst=True)  # before its fixtures are made
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    last = item.config.getoption("begin_until")
+    if last is not None and time.time() > last:
+        pytest.skip(f"{_file(item)}: no time was left to begin it")
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT).as_posix()

@@ -14,6 +14,7 @@ from tests.megatron import reference
 from tests.megatron.bridge_runs import check_scan, run_all
 from tests.megatron.harness import Run, other_data, run
 from tests.megatron.test_number import ONE_STEP as ONE_STEP_OF_MEGATRON
+from tests.megatron.test_number import check_moments
 
 pytestmark = pytest.mark.timeout(600)  # of the first test, which makes all runs
 
@@ -97,6 +98,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"settings": {"eval_samples": 3}},
         "eval_samples=3: all data-parallel ranks together take 2 at a time",
     ),
+    "no second moments": (
+        {"settings": {"adam_snr": True}, "optimizer": {"optimizer": "sgd"}},
+        "adam_snr=True: the optimizer sgd keeps no second moments",
+    ),
     "too few": (
         {"settings": {"eval_samples": 400}},
         "lines, and 400 samples are asked for; give more, or fewer eval_samples.",
@@ -126,13 +131,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     cases: dict[str, dict[str, Any]] = {}
     for name, (processes, case) in LAYOUTS.items():
         for kind, every in (("plain", 0), ("measured", 2)):
-            settings = {**case.get("settings", {}), **others}
+            settings = {"adam_snr": True, **case.get("settings", {}), **others}
             cases[f"{name} {kind}"] = {
                 "processes": processes, "every": every, **case, "settings": settings
             }  # fmt: skip
     for name, (processes, case) in NUMBERS.items():
         cases[f"number {name}"] = {
-            "processes": processes, **ONE_STEP, **case, "settings": others
+            "processes": processes, **ONE_STEP, **case, "settings": {"adam_snr": True, **others}
         }  # fmt: skip
     frozen = {"processes": 2, **FROZEN, "settings": {"frozen": 2, **others}}
     cases["frozen"] = {**frozen, **DISTRIBUTED, "scanned": True}
@@ -141,9 +146,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         **frozen, "processes": 1, "exit_interval": 4, "documents": 15
     }  # fmt: skip
     saving = {"save": checkpoints, "save_interval": 4}
-    cases["whole"] = LONG
-    cases["first half"] = {**LONG, "checkpoint": saving, "exit_interval": 4}
-    cases["second half"] = {**LONG, "checkpoint": {**saving, "load": checkpoints}}
+    cases["whole"] = long = {**LONG, "settings": {"adam_snr": True}}
+    cases["first half"] = {**long, "checkpoint": saving, "exit_interval": 4}
+    cases["second half"] = {**long, "checkpoint": {**saving, "load": checkpoints}}
     cases["refused"] = {"every": 2, "ddp": {"fp8_param_gather": True}}
     for name, (case, _) in REFUSED.items():
         settings = {**case["settings"], **others}
@@ -174,6 +179,8 @@ def test_measured_training_is_bit_for_bit_the_same(layout: str, runs: dict[str, 
     ]
     assert "failed" not in {record["status"] for record in measured.relative_records}
     assert {record["status"] for record in measured.part_records} <= {"found", "no_upper"}
+    for record in measured.records:
+        assert bool(record["adam_snr"]) == (record["status"] == "found")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +207,7 @@ def test_critical_lr_is_the_reference(
     assert record["critical_lr_lower"] <= expected.critical_lr <= record["critical_lr_upper"]
     assert record["critical_lr"] == pytest.approx(expected.critical_lr, rel=2e-3)
     assert record["tokens"] == 8 * 32
+    check_moments(record["adam_snr"], expected.adam_snr, rel=1e-4)
 
     (relative,) = runs[f"number {layout}"].relative_records
     assert relative["status"] == "found"

@@ -91,6 +91,8 @@ REFUSED = {
     f"{EVERY} 10 --critical-sharpness-parts-every 20": ["--critical-sharpness-parts-every 20"],
     "--measure-adam-snr": ["--measure-adam-snr True", "off", "interval"],
     f"{EVERY} 10 --measure-adam-snr --optimizer sgd": ["--measure-adam-snr True", "sgd", "adam"],
+    f"{EVERY} 10 --measure-adam-snr --optimizer lion": ["--measure-adam-snr True", "lion", "adam"],
+    f"{EVERY} 10 --measure-adam-snr --optimizer soap": ["--measure-adam-snr True", "soap", "adam"],
     f"{EVERY} 10 --critical-sharpness-method newton": ["newton", "certified"],
     f"{EVERY} 10 --critical-sharpness-method point": ["point", "certified"],
     f"{EVERY} 10 --critical-sharpness-microbatches 1": ["--critical-sharpness-microbatches 1"],
