@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -116,7 +117,7 @@ def write(folder: Path, runs: dict[str, list[Row]]) -> None:
     (folder / "records").mkdir(exist_ok=True)
     for name, rows in runs.items():
         text = "".join(
-            json.dumps({key: _short(v) for key, v in row.items()}) + "\n" for row in rows
+            json.dumps({key: short(v) for key, v in row.items()}) + "\n" for row in rows
         )
         (folder / "records" / f"{name}.jsonl").write_text(text)
 
@@ -129,8 +130,13 @@ def read(folder: Path) -> dict[str, list[Row]]:
     }
 
 
-def _short(value: Any) -> Any:
-    """Six digits: what is read from a figure, at a third of the size."""
+def short(value: Any, digits: int = 6) -> Any:
+    """So many digits, in lists and dictionaries too: what is read from a figure, at a third of the
+    size. None for a number that is not finite."""
     if isinstance(value, dict):
-        return {key: _short(held) for key, held in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return {key: short(held, digits) for key, held in value.items()}
+    if isinstance(value, list):
+        return [short(held, digits) for held in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

@@ -108,8 +108,8 @@ class Training:
         return Run(f"η = {self.peak:g}", records)
 
     def to_json(self) -> str:
-        values = asdict(self) | {"final": _short(self.final)}
-        values["measured"] = [[_short(loss), _short(seen)] for loss, seen in self.measured]
+        values = asdict(self) | {"final": training.short(self.final, 5)}
+        values["measured"] = [training.short(list(each), 5) for each in self.measured]
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
@@ -177,10 +177,3 @@ def run(case: Case, peak: float) -> Training:
     with torch.no_grad():
         final = gpt.loss(network, gpt.windows(held_out, PIECES, LENGTH, 0)).item()
     return Training(case, peak, final, step, measured)
-
-
-def _short(value: Any) -> Any:
-    """Five digits; null for what is not finite."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.5g}") if math.isfinite(value) else None

@@ -55,7 +55,7 @@ def _diagram(
     for network, those in found.items():
         yield text, analysis.name(*network), min(each.loss for each in those), 2, np.inf
     text = "at width 256 it is not down at 2 yet (phase diagram: it tends there): c_loss"
-    for network, highest in ((("relu", 4), 4), (("relu", 8), 16), (("linear", 4), 4)):
+    for network, highest in ((("relu", 4), 4.0), (("relu", 8), 16.0), (("linear", 4), 4.0)):
         value = _by_width(found[network], "loss")[0]
         yield text, analysis.name(*network), value, 2.2, highest
     for attribute, label in (("loss", "c_loss"), ("sharpness", "c_sharp")):

@@ -119,8 +119,9 @@ def early_training(cell: Cell, c: float) -> training.Row:
                 critical.append(record.critical_sharpness)
     return {
         "activation": cell.activation, "depth": cell.depth, "width": cell.width, "seed": cell.seed,
-        "c": c, "diverged": diverged, "loss": _short(losses),
-        "hessian_sharpness": _short(sharpness), "critical_sharpness": _short(critical),
+        "c": c, "diverged": diverged, "loss": training.short(losses, 4),
+        "hessian_sharpness": training.short(sharpness, 4),
+        "critical_sharpness": training.short(critical, 4),
     }  # fmt: skip
 
 
@@ -173,8 +174,3 @@ def regimes(seed: int) -> list[training.Row]:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _short(values: Sequence[float | None]) -> list[float | None]:
-    """Four digits."""
-    return [None if value is None else float(f"{value:.4g}") for value in values]

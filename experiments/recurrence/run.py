@@ -157,9 +157,8 @@ COLUMNS = ("loss", "lr", "sharpness", "deeper", "held", "final")
 
 
 def _short(value: float) -> float | str | None:
-    if math.isnan(value):
-        return None
-    return float(f"{value:.4g}") if math.isfinite(value) else "inf"
+    found: float | None = training.short(float(value), 4)
+    return "inf" if value == math.inf else found
 
 
 def stretches(case: Case) -> Iterator[tuple[int, int, int, bool]]:

@@ -231,13 +231,13 @@ def run(problem: Problem) -> list[training.Row]:
                 "target": target, "warmup": warmup, "critical_lr": critical_lr, "saved": saved,
             }  # fmt: skip
             (shorter, plain), ratios = train(problem, ramp.rate_at, (steps - saved, steps), every)
-            row |= {"plain": _short(plain)}
+            row |= {"plain": training.short(plain, 5)}
             if saved:
                 from_critical = functools.partial(ramp.rate_at, initial=critical_lr)
                 (cut, same), _ = train(problem, from_critical, (steps - saved, steps))
-                row |= {"shorter": _short(shorter), "cut": _short(cut), "same": _short(same)}
+                row |= training.short({"shorter": shorter, "cut": cut, "same": same}, 5)
             if every:
-                row["lr_over_critical"] = [None if r is None else _short(r) for r in ratios]
+                row["lr_over_critical"] = training.short(ratios, 5)
             rows.append(row)
     training.progress(f"{problem.model}, {problem.optimizer}, seed {problem.seed}")
     return rows
@@ -265,8 +265,3 @@ def start(problem: Problem) -> list[training.Row]:
 def _mean(losses: Sequence[float]) -> float:
     mean = sum(losses) / len(losses)
     return mean if math.isfinite(mean) else math.inf
-
-
-def _short(value: float) -> float | None:
-    """Five digits; None for what is not finite."""
-    return float(f"{value:.5g}") if math.isfinite(value) else None
