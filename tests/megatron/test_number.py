@@ -308,17 +308,14 @@ def test_masters_of_which_the_weight_is_a_half_give_the_same_numbers(tmp_path: P
 
 @pytest.mark.rare
 @pytest.mark.parametrize(
-    ("flags", "precision"),
+    "flags",
     [
-        ("--main-params-dtype fp16", 5e-3),  # a coarser θ_{t+1}
-        # Each Adam rounds in an order of its own, and a bf16 weight may turn with its last bit.
-        ("--optimizer-cpu-offload --optimizer-offload-fraction 0.5", 1e-3),
-        ("--optimizer-cpu-offload --optimizer-offload-fraction 1.0", 1e-3),
+        "--main-params-dtype fp16",
+        "--optimizer-cpu-offload --optimizer-offload-fraction 0.5",
+        "--optimizer-cpu-offload --optimizer-offload-fraction 1.0",
     ],
 )
-def test_critical_lr_does_not_depend_on_where_the_masters_are(
-    flags: str, precision: float, tmp_path: Path
-) -> None:
+def test_critical_lr_does_not_depend_on_where_the_masters_are(flags: str, tmp_path: Path) -> None:
     records = []
     for i, chosen in enumerate(("--use-distributed-optimizer", f"{MASTERS} {flags}")):
         result = run(
@@ -327,8 +324,13 @@ def test_critical_lr_does_not_depend_on_where_the_masters_are(
         records += result.expect_success().records
     whole, kept = records
     assert whole["status"] == kept["status"] == "found"
-    for name in ("loss", "slope", "update_norm", "critical_lr"):
-        assert kept[name] == pytest.approx(whole[name], rel=precision), name
+    for name in ("loss", "slope", "update_norm"):
+        assert kept[name] == pytest.approx(whole[name], rel=1e-3), name
+    # fp16 is a coarser θ_{t+1}, each Adam rounds in an order of its own, and with the last bit a
+    # weight turns in bf16, in each pass: by 0.16 % of η_c on CPUs with bf16 and without fp16.
+    precision = whole["critical_lr_error"]
+    assert kept["critical_lr"] == pytest.approx(whole["critical_lr"], rel=precision)
+    assert precision < 0.01
 
 
 def test_the_update_is_the_optimizers_where_logits_are_clipped_after_it(tmp_path: Path) -> None:

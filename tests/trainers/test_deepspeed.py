@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from .harness import Ranks, check_found, require, untimed, worker_fixture
@@ -25,11 +27,19 @@ OTHERS = [
 ]  # fmt: skip
 
 
+def of(rank: dict[str, Any], name: str) -> Any:
+    """What a rank has of it; skipped where DeepSpeed does not run in fp16."""
+    if name not in rank and name.split()[0] in ("fp16", "growing", "overflow"):
+        pytest.skip("DeepSpeed does not run in fp16 on this CPU (oneDNN computes in it on few)")
+    return rank[name]
+
+
 @pytest.mark.parametrize("name", [*FP32, *IN_16_BITS, *OTHERS])
 def test_training_is_bit_for_bit_the_same(name: str, pair: Ranks) -> None:
     for rank in pair:
-        assert rank[name]["on"]["training"] == rank[name]["off"]["training"]
-        check_found(rank[name]["on"]["records"], DUE)
+        trained = of(rank, name)
+        assert trained["on"]["training"] == trained["off"]["training"]
+        check_found(trained["on"]["records"], DUE)
 
 
 @pytest.mark.parametrize("name", FP32)
@@ -49,7 +59,7 @@ def test_the_number_is_that_of_the_step_under_ddp(name: str, pair: Ranks) -> Non
 @pytest.mark.parametrize("name", IN_16_BITS)
 def test_in_16_bits_the_number_is_near_that_in_fp32(name: str, pair: Ranks) -> None:
     """But for dropout's masks the same training: of its first step, before roundings add up."""
-    record = pair[0][name]["on"]["records"][0]
+    record = of(pair[0], name)["on"]["records"][0]
     # Without ZeRO DeepSpeed begins with a step on gradients of 0, so that Adam's first is shorter.
     expected = pair[0]["bf16 0" if name.endswith(" 0") else "fp32 2"]["on"]["records"][0]
     assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)
@@ -58,14 +68,15 @@ def test_in_16_bits_the_number_is_near_that_in_fp32(name: str, pair: Ranks) -> N
 
 def test_a_step_that_overflows_is_skipped(pair: Ranks) -> None:
     for rank in pair:
-        assert rank["overflow"]["on"]["training"] == rank["overflow"]["off"]["training"]
-        statuses = [record["status"] for record in rank["overflow"]["on"]["records"]]
+        trained = of(rank, "overflow")
+        assert trained["on"]["training"] == trained["off"]["training"]
+        statuses = [record["status"] for record in trained["on"]["records"]]
         assert statuses == ["skipped_step", "skipped_step", "found"]
 
 
 def test_where_the_loss_scale_grows_no_slope_is_that_of_another_scale(pair: Ranks) -> None:
     """In that step ZeRO 3 divides the gradients by the new scale already."""
-    records, expected = pair[0]["growing 3"], pair[0]["growing 2"]
+    records, expected = of(pair[0], "growing 3"), of(pair[0], "growing 2")
     known = [record["slope"] for record in records if record["slope"] is not None]
     assert 3 <= len(known) < len(records)
     for record, other in zip(records, expected, strict=True):
