@@ -1,4 +1,4 @@
-"""``python -m experiments.phase_diagram``: the diagrams and the regimes; eight minutes."""
+"""``python -m experiments.phase_diagram``: the diagrams and the regimes; three minutes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def first_step(axis: Any, runs: training.Runs) -> None:
         x, y = ([getattr(each, field) for each in found] for field in ("of_first_step", "loss"))
         style = {"color": color, "marker": "o", "linestyle": "none"}
         axis.plot(x, y, label=analysis.name(activation, depth), **style)
-    ends = [2, 96]
+    ends = [2, 192]
     axis.plot(ends, ends, color=figures.MUTED, linewidth=1.1)
     axis.plot(ends, [2, 2], color=figures.MUTED, linewidth=1.1, linestyle=(0, (4, 2)))
     axis.set_xscale("log", base=2)

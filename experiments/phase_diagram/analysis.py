@@ -72,10 +72,19 @@ def critical_values(rows: Sequence[training.Row]) -> list[Critical]:
             next(row["c"] for row in own if rises(row, "loss")),
             next(row["c"] for row in own if rises(row, "hessian_sharpness")),
             own[-2]["c"],
-            2.0 * own[0]["hessian_sharpness"][0] / own[0]["critical_sharpness"][0],
+            2.0 * own[0]["hessian_sharpness"][0] / first_sharpness(own),
         )
         for cell, own in networks(rows)
     ]
+
+
+def first_sharpness(own: Sequence[training.Row]) -> float:
+    """λ_c at initialization: the median of what was found from the rates of all trainings.
+
+    Where the loss crosses its first value more than once along the update, a search that begins far
+    below can find another crossing than the first.
+    """
+    return float(np.median([beside(row)[1][0] for row in own]))
 
 
 def medians(found: Sequence[Critical], attribute: str) -> dict[float, float]:

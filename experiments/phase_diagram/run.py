@@ -28,13 +28,13 @@ QUARTERS = range(2, 33)
 WIDTHS, LARGE_WIDTHS = (256, 128, 64, 32, 16), (1024, 512)
 #: Activation and number of layers.
 NETWORKS = (("relu", 4), ("relu", 8), ("linear", 4))
-SEEDS, LARGE_SEEDS = range(2), range(10)
+SEEDS, LARGE_SEEDS = range(6), range(10)
 #: Residual of an eigenvalue over it; the error of the eigenvalue is of second order in it.
 TOLERANCE, LANCZOS_STEPS = 0.02, 100
 
 #: The trajectory in which the four regimes are named: layers, width, c, steps, examples.
 REGIMES_LAYERS, REGIMES_WIDTH, REGIMES_C, REGIMES_STEPS, REGIMES_EXAMPLES = 6, 64, 0.5, 600, 256
-REGIME_SEEDS = range(3)
+REGIME_SEEDS = range(8)
 #: Each of the first steps is measured and every fifth later; the exact λ_max more seldom.
 DENSE, EVERY, EXACT_EVERY = 50, 5, 20
 

@@ -9,7 +9,7 @@ import numpy as np
 from experiments import training
 from experiments.warmup import criterion
 from experiments.warmup.criterion import Cell
-from experiments.warmup.run import EVERY, MODELS
+from experiments.warmup.run import EVERY, MODELS, chance
 
 PAPER = "warm-up paper"
 TITLES = {"digits-sharp": "digits, sharp start", "digits-flat": "digits, flat start", "gpt": "GPT"}
@@ -19,6 +19,9 @@ PAIRS = {
     for model in MODELS
     for optimizer in ("sgd", "adam")
 }
+
+#: A target rate at which Adam needs a warm-up.
+HIGH = 0.064
 
 Grid = dict[tuple[str, str, int, float], Cell]
 
@@ -79,7 +82,8 @@ def _room(grid: Grid) -> training.Found:
     )
     text = f"it gains more from a sharp start than a flat one ({PAPER}, Sec. 4): ratio of gains"
     yield text, "SGD", sgd, 1.5, np.inf
-    yield text, "Adam", adam, 1.5, np.inf
+    text = "but not under Adam (the paper: it does): the same"
+    yield text, "Adam", adam, 0.67, 1.5
 
 
 def _saving(cells: list[Cell]) -> training.Found:
@@ -112,21 +116,16 @@ def _gi_adam(runs: training.Runs, grid: Grid) -> training.Found:
     for model in MODELS:
         adam, gi_adam = (first_critical(runs, model, o)[0] for o in ("adam", "gi-adam"))
         yield text, TITLES[model], adam / gi_adam, 0.0, 0.5
-    larger = {m: largest(grid, m, "gi-adam", 1) / largest(grid, m, "adam", 1) for m in MODELS}
-    text = "and trains at larger rates without a warm-up: its largest rate / Adam's"
-    yield text, TITLES["digits-sharp"], larger["digits-sharp"], 1.5, np.inf
-    text = "but not elsewhere, with every seed (the paper: it does): the same"
-    for model in ("digits-flat", "gpt"):
-        yield text, TITLES[model], larger[model], 0.0, 1.5
-    text = "not to a lower loss in most cells (the paper: it is lower): share where it is"
-    for model in MODELS:
-        pairs = [
-            (cell, grid[model, "adam", cell.warmup, cell.target])
-            for cell in grid.values()
-            if (cell.model, cell.optimizer) == (model, "gi-adam")
-        ]
-        lower = [np.mean(a.losses("plain")) <= np.mean(b.losses("plain")) for a, b in pairs]
-        yield text, TITLES[model], np.mean(lower), 0.0, 0.5
+    text = f"and takes larger rates without a warm-up ({PAPER}): final loss at η = {HIGH} / Adam's"
+    for model in ("digits-sharp", "digits-flat"):
+        yield text, TITLES[model], high_rate(grid, model), 0.0, 0.9
+    text = "on the GPT it does not (the paper: it does): the same"
+    yield text, TITLES["gpt"], high_rate(grid, "gpt"), 0.9, 1.15
+    text = "its lowest loss is lower, or much the same (the paper: lower): over Adam's lowest"
+    for model, lowest, highest in (("digits-flat", 0.8, 1.0), ("gpt", 0.95, 1.05)):
+        yield text, TITLES[model], lowest_loss(grid, model), lowest, highest
+    text = "but not from the sharp start (the paper: it is): the same"
+    yield text, TITLES["digits-sharp"], lowest_loss(grid, "digits-sharp"), 1.0, 1.6
 
 
 def first_critical(runs: training.Runs, model: str, optimizer: str) -> list[float]:
@@ -162,9 +161,9 @@ def targets(grid: Grid, model: str, optimizer: str) -> list[float]:
 
 
 def largest(grid: Grid, model: str, optimizer: str, warmup: int) -> float:
-    """The largest target rate that trains with every seed."""
+    """The largest target rate that trains with most seeds."""
     rates = targets(grid, model, optimizer)
-    return max(rate for rate in rates if grid[model, optimizer, warmup, rate].trains())
+    return max(rate for rate in rates if mostly_trains(grid[model, optimizer, warmup, rate]))
 
 
 def best(grid: Grid, model: str, optimizer: str, warmup: int) -> float:
@@ -180,8 +179,30 @@ def room(grid: Grid, model: str, optimizer: str) -> float:
     return with_it / without
 
 
+def high_rate(grid: Grid, model: str) -> float:
+    """Mean loss of GI-Adam without a warm-up at a high rate, over Adam's: some seeds train."""
+    own, adam = (grid[model, o, 1, HIGH].losses("plain") for o in ("gi-adam", "adam"))
+    return float(np.mean(own) / np.mean(adam))
+
+
+def lowest_loss(grid: Grid, model: str) -> float:
+    """Final loss of GI-Adam without a warm-up at its best target rate, over Adam's at its own."""
+    own, adam = (final(grid, model, o, 1, best(grid, model, o, 1)) for o in ("gi-adam", "adam"))
+    return own / adam
+
+
 def final(grid: Grid, model: str, optimizer: str, warmup: int, target: float) -> float:
-    return float(np.mean(grid[model, optimizer, warmup, target].losses("plain")))
+    return typical(grid[model, optimizer, warmup, target])
+
+
+def typical(cell: Cell) -> float:
+    """Median final loss over the seeds: at the largest rates single trainings diverge, and which
+    do turns with the rounding of a CPU."""
+    return float(np.median(cell.losses("plain")))
+
+
+def mostly_trains(cell: Cell) -> bool:
+    return typical(cell) < criterion.TRAINS * chance(cell.model.split("-")[0])
 
 
 def in_ramps(grid: Grid, model: str, optimizer: str) -> list[float]:
@@ -189,7 +210,8 @@ def in_ramps(grid: Grid, model: str, optimizer: str) -> list[float]:
     return [
         ratio
         for cell in grid.values()
-        if (cell.model, cell.optimizer) == (model, optimizer) and cell.warmup > 1 and cell.trains()
+        if (cell.model, cell.optimizer) == (model, optimizer)
+        if cell.warmup > 1 and mostly_trains(cell)
         for ratio in _ratios(cell)[: cell.warmup // EVERY]
         if ratio is not None
     ]

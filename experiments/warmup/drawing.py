@@ -9,7 +9,16 @@ import numpy as np
 
 from experiments import figures, training
 from experiments.warmup import criterion
-from experiments.warmup.claims import NAMES, TITLES, Grid, grid_of, targets, warmups
+from experiments.warmup.claims import (
+    NAMES,
+    TITLES,
+    Grid,
+    grid_of,
+    mostly_trains,
+    targets,
+    typical,
+    warmups,
+)
 from experiments.warmup.run import EVERY, MODELS
 
 MODEL_COLORS = dict(zip(MODELS, (figures.VERMILION, figures.BLUE, figures.GREEN), strict=True))
@@ -31,11 +40,11 @@ def draw(path: Path, runs: training.Runs) -> None:
 
 
 def _heat(axes: Any, grid: Grid, model: str, optimizer: str) -> None:
-    """Mean final losses; crossed out where some seed does not train."""
+    """Median final losses; crossed out where most seeds do not train."""
     rates, lengths = targets(grid, model, optimizer), warmups(grid)
     cells = [[grid[model, optimizer, length, rate] for length in lengths] for rate in rates]
     losses = np.array(
-        [[np.mean(c.losses("plain")) if c.trains() else np.nan for c in row] for row in cells]
+        [[typical(cell) if mostly_trains(cell) else np.nan for cell in row] for row in cells]
     )
     axes.imshow(np.log(losses), origin="lower", aspect="auto", cmap="viridis_r")
     middle = np.nanmean(np.log(losses))
@@ -112,7 +121,7 @@ def _gi_adam(axes: Any, grid: Grid) -> None:
     for model, color in MODEL_COLORS.items():
         for optimizer, dashes in (("adam", (0, (4, 2))), ("gi-adam", "-")):
             rates = targets(grid, model, optimizer)
-            losses = [np.mean(grid[model, optimizer, none, r].losses("plain")) for r in rates]
+            losses = [typical(grid[model, optimizer, none, rate]) for rate in rates]
             axes.plot(rates, losses, "o", color=color, linestyle=dashes)
     for label, dashes in (("Adam", (0, (4, 2))), ("GI-Adam", "-")):
         axes.plot([], [], color=figures.MUTED, linestyle=dashes, label=label)

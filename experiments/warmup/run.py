@@ -57,8 +57,8 @@ class Size:
     seeds: int
 
 
-DEFAULT = Size(steps=192, warmups=(1, 16, 64, 128), layers=2, width=32, seeds=3)
-LARGE = Size(steps=768, warmups=(1, 64, 256, 512), layers=4, width=64, seeds=5)
+DEFAULT = Size(steps=192, warmups=(1, 16, 64, 128), layers=2, width=32, seeds=9)
+LARGE = Size(steps=768, warmups=(1, 64, 256, 512), layers=4, width=64, seeds=9)
 
 
 class GIAdam(torch.optim.Adam):
