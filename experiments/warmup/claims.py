@@ -102,13 +102,16 @@ def _saving(cells: list[Cell]) -> training.Found:
     for optimizer, found in same.items():
         yield text, NAMES[optimizer], found.save / found.cells, 0.0, 0.89
     text = "on digits these do save where there is a step to save: share"
-    for case, pair in PAIRS.items():
-        if pair[0] != "gpt":
-            found = criterion.outcome((c for c in cells if (c.model, c.optimizer) == pair), "same")
-            yield text, case, found.save / (found.cells - found.nothing), 0.75, 1.0
-    text = "none as long as the plain one diverges where that trains: cells lost"
-    for optimizer, found in same.items():
-        yield text, NAMES[optimizer], found.lost, 0, 0
+    on_digits = {
+        case: criterion.outcome((c for c in cells if (c.model, c.optimizer) == pair), "same")
+        for case, pair in PAIRS.items()
+        if pair[0] != "gpt"
+    }
+    for case, found in on_digits.items():
+        yield text, case, found.save / (found.cells - found.nothing), 0.75, 1.0
+    text = "none of these diverges where the plain one trains: cells lost"
+    for case, found in on_digits.items():
+        yield text, case, found.lost, 0, 0
 
 
 def _gi_adam(runs: training.Runs, grid: Grid) -> training.Found:
