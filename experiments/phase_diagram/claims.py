@@ -31,7 +31,7 @@ def claims(runs: training.Runs) -> training.Found:
     yield from _diagram(runs, found)
     yield from _critical_sharpness(runs, [each for those in found.values() for each in those])
     in_time = [runs[f"regimes-{seed}"] for seed in REGIME_SEEDS]
-    text = "four regimes in time (phase diagram, abstract): share whose stages of λ_c are these"
+    text = "four regimes in time (phase diagram, abstract): share in which they begin in this order"
     in_order = [regimes_in_order(rows) == len(REGIMES) for rows in in_time]
     yield text, f"{len(in_order)} seeds", np.mean(in_order), 0.75, 1
     text = "λ_max has no early transient there (the paper: it has): λ_max at step 20 / at first"
@@ -66,11 +66,11 @@ def _diagram(
             values = [getattr(each, attribute) for each in those]
             yield text, analysis.name(*network), spearmanr(ratios, values).statistic, 0.4, 1
     grows = "c_max grows with it with ReLU (phase diagram): at width 16 / 256"
-    hardly = "and hardly without (the paper: it does): at width 16 / 256"
+    without = "and not without (the paper: it does): at width 16 / 256"
     for text, network, lowest, highest in (
         (grows, ("relu", 4), 1.2, np.inf),
         (grows, ("relu", 8), 1.2, np.inf),
-        (hardly, ("linear", 4), 0.7, 1.42),  # two steps of the grid of c
+        (without, ("linear", 4), 0.7, 1.42),  # two steps of the grid of c
     ):
         values = _by_width(found[network], "largest")
         yield text, analysis.name(*network), values[-1] / values[0], lowest, highest
@@ -116,7 +116,7 @@ def _critical_sharpness(runs: training.Runs, everything: list[analysis.Critical]
     first = np.array(
         [[rows[0]["hessian_sharpness"][0], analysis.first_sharpness(rows)] for rows in own]
     )
-    text = "λ_c and λ_max order networks roughly alike at first (ours): rank correlation"
+    text = "λ_c and λ_max order all networks alike at first, but weakly (ours): rank correlation"
     yield text, f"{len(own)} networks", spearmanr(*first.T).statistic, 0.3, 1
     trained = [row for rows in own for row in rows if not row["diverged"]]
     text = "after nine steps both are lower (ours): share of trainings that do not diverge"

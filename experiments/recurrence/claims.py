@@ -32,7 +32,7 @@ def _of_sharpness(runs: analysis.Runs) -> training.Found:
     for name, (loop, curriculum, jump) in (GROWS | STAYS).items():
         found = [analysis.rise(*each, jump) for each in analysis.pairs(runs, loop, curriculum)]
         yield text, name, analysis.typical(found), 0.67, 1.5
-    text = "and λ_c^{r→r'} along the updates before says so (ours): by their λ_c"
+    text = "and λ_c^{r→r'} along the updates before says so (ours): by their λ_c, mean of the seeds"
     for name, (loop, curriculum, jump) in GROWS.items():
         pairs = analysis.pairs(runs, loop, curriculum)
         found = [analysis.foretold(run, jump) for run, _ in pairs]

@@ -24,7 +24,7 @@ def claims(runs: training.Runs) -> training.Found:
     ratios = kinds["embedding.weight"].ratios
     yield text, "over tokens", ratios["fan_out"], 0.0, 0.5
     yield text, "over channels", ratios["fan_in"], 1.0, np.inf
-    text = f"larger learning rates lower the SNR {PAPER}: largest of a kind, over that at η = 0.002"
+    text = f"larger learning rates lower the SNR {PAPER}: mean of the largest, over η = 0.002's"
     for peak in RATES[1:]:
         yield text, f"η = {peak:g}", lowered(runs, peak), 0.0, 1.0
     text = f"means do without nearly all second moments {PAPER}: share saved"

@@ -31,10 +31,13 @@ def claims(runs: training.Runs) -> training.Found:
     grid = grid_of(cells)
     yield from _starts(runs, grid)
     yield from _room(grid)
-    text = f"λ_c stays below the falling 2/η of a warm-up ({PAPER}, Sec. 4): share of measurements"
+    text = (
+        f"λ_c stays below the falling 2/η of a warm-up ({PAPER}, Sec. 4), first seed: share of "
+        "measurements"
+    )
     for case, pair in PAIRS.items():
         yield text, case, np.mean(np.array(in_ramps(grid, *pair)) <= 1.0), 0.8, 1.0
-    text = "and the higher the target, the lower λ_c after it: highest that trains / lowest"
+    text = "and the higher the target, the lower λ_c after it, first seed: highest / lowest"
     for case, pair in PAIRS.items():
         ends = largest(grid, *pair, 64), targets(grid, *pair)[0]
         high, low = (after(grid, *pair, 64, target) for target in ends)
@@ -44,7 +47,10 @@ def claims(runs: training.Runs) -> training.Found:
 
 
 def _starts(runs: training.Runs, grid: Grid) -> training.Found:
-    text = f"λ_max falls from a sharp start, rises from a flat one ({PAPER}, Sec. 4): then / first"
+    text = (
+        f"λ_max falls from a sharp start, rises from a flat one ({PAPER}, Sec. 4), first seed: at "
+        "step 96 / 24"
+    )
     for model, lowest, highest in (
         ("digits-sharp", 0.0, 0.95), ("digits-flat", 1.0, np.inf), ("gpt", 1.0, np.inf)
     ):  # fmt: skip
@@ -66,7 +72,7 @@ def _room(grid: Grid) -> training.Found:
     text = "on the GPT it does not (the paper: it does): the same"
     for case, pair in gpt.items():
         yield text, case, room(grid, *pair), 0.25, 1.5
-    text = "and lowers the best final loss there (ours): with / without"
+    text = "and lowers the best final loss there, a little (ours): with / without"
     for case, pair in gpt.items():
         losses = [final(grid, *pair, w, best(grid, *pair, w)) for w in (128, 1)]
         yield text, case, losses[0] / losses[1], 0.0, 0.99
@@ -98,7 +104,7 @@ def _saving(cells: list[Cell]) -> training.Found:
     for optimizer, found in cut.items():
         case = f"{NAMES[optimizer]}, {found.cells} cells"
         yield text, case, found.save / found.cells, 0.0, 0.89
-    text = "nor warm-up steps alone, in trainings as long as the plain ones: share"
+    text = "nor warm-up steps alone, in trainings as long as the plain ones: share of all cells"
     for optimizer, found in same.items():
         yield text, NAMES[optimizer], found.save / found.cells, 0.0, 0.89
     text = "on digits these do save where there is a step to save: share"
@@ -120,10 +126,10 @@ def _gi_adam(runs: training.Runs, grid: Grid) -> training.Found:
         adam, gi_adam = (first_critical(runs, model, o)[0] for o in ("adam", "gi-adam"))
         yield text, TITLES[model], adam / gi_adam, 0.0, 0.5
     text = f"and takes larger rates without a warm-up ({PAPER}): final loss at η = {HIGH} / Adam's"
-    for model in ("digits-sharp", "digits-flat"):
-        yield text, TITLES[model], high_rate(grid, model), 0.0, 0.9
-    text = "on the GPT it does not (the paper: it does): the same"
-    yield text, TITLES["gpt"], high_rate(grid, "gpt"), 0.9, 1.15
+    yield text, TITLES["digits-sharp"], high_rate(grid, "digits-sharp"), 0.0, 0.6
+    text = "but not elsewhere (the paper: it does): the same"
+    for model in ("digits-flat", "gpt"):
+        yield text, TITLES[model], high_rate(grid, model), 0.8, 1.15
     text = "its lowest loss is lower, or much the same (the paper: lower): over Adam's lowest"
     for model, lowest, highest in (("digits-flat", 0.8, 1.0), ("gpt", 0.95, 1.05)):
         yield text, TITLES[model], lowest_loss(grid, model), lowest, highest
@@ -183,9 +189,8 @@ def room(grid: Grid, model: str, optimizer: str) -> float:
 
 
 def high_rate(grid: Grid, model: str) -> float:
-    """Mean loss of GI-Adam without a warm-up at a high rate, over Adam's: some seeds train."""
-    own, adam = (grid[model, o, 1, HIGH].losses("plain") for o in ("gi-adam", "adam"))
-    return float(np.mean(own) / np.mean(adam))
+    """Final loss of GI-Adam without a warm-up at a high rate, over Adam's."""
+    return final(grid, model, "gi-adam", 1, HIGH) / final(grid, model, "adam", 1, HIGH)
 
 
 def lowest_loss(grid: Grid, model: str) -> float:

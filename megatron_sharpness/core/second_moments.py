@@ -136,6 +136,7 @@ class SecondMoments:
     def __init__(self, warn: Callable[[str], object]) -> None:
         self._warn = warn
         self._known: list[list[Matrix]] = []
+        self._own: list[set[Matrix]] = []
         self._silent = False
 
     def measure(
@@ -158,9 +159,7 @@ class SecondMoments:
         except Exception as error:  # whatever it is, the run goes on
             if not self._silent:
                 self._silent = True
-                self._warn(
-                    f"critical sharpness: adam_snr was not measured: {reason_of(error)}"
-                )
+                self._warn(f"critical sharpness: adam_snr was not measured: {reason_of(error)}")
             return None
 
     def _measured(
@@ -174,19 +173,19 @@ class SecondMoments:
             own = [_by_matrix(source.pieces()) for source in given]
         except Exception as caught:  # whatever it is, the others wait
             error = caught
-        known = self._known or [[] for _ in given]
-        new = any(not have.keys() <= set(names) for have, names in zip(own, known, strict=False))
-        failed, changed = _anywhere([error is not None, new], device)
+        there = [set(have) for have in own]
+        failed, changed = _anywhere([error is not None, there != self._own], device)
         if failed:
             raise ProbeError(first_error(error))
-        if changed:  # a matrix may get its moments later than others
-            there = of_all_ranks([list(have) for have in own])
-            self._known = known = [
-                sorted({matrix for rank in there for matrix in rank[number]})
+        if changed:  # matrices may get their moments later than others, and lose them
+            everywhere = of_all_ranks(there)
+            self._own = there
+            self._known = [
+                sorted({matrix for rank in everywhere for matrix in rank[number]})
                 for number in range(len(given))
             ]
         found: dict[Matrix, tuple[float, ...]] = {}
-        for source, have, names in zip(given, own, known, strict=True):
+        for source, have, names in zip(given, own, self._known, strict=True):
             for batch in _batches(names):
                 sums = [torch.zeros(m.sums, dtype=torch.float64, device=device) for m in batch]
                 try:
@@ -277,20 +276,20 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(found: Mapping[Matrix, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """By kind of layer (:func:`kind_of`): how many ``matrices`` there are, of which ``shape``, and
-    the mean of their ratios over each of :data:`OVER`; None where nothing varies."""
-    groups: dict[tuple[str, tuple[int, ...]], list[Sequence[float]]] = defaultdict(list)
+    """By kind of layer (:func:`kind_of`): its ``shapes``, each as the number of matrices, rows and
+    columns, and the mean of the ratios over each of :data:`OVER`; None where nothing varies."""
+    groups: dict[str, dict[Matrix, Sequence[float]]] = defaultdict(dict)
     for matrix, ratios in found.items():
-        groups[kind_of(matrix.name), matrix.shape].append(ratios)
-    shapes = Counter(name for name, _ in groups)
+        groups[kind_of(matrix.name)][matrix] = ratios
     kinds = {}
-    for (name, shape), all_ratios in sorted(groups.items()):
-        stack, *of_each = shape
-        label = name if shapes[name] == 1 else f"{name}-{'x'.join(map(str, of_each))}"
-        kinds[label] = {"matrices": stack * len(all_ratios), "shape": of_each} | {
-            over: _mean(values) for over, values in zip(OVER, zip(*all_ratios, strict=True),
-                                                        strict=True)
-        }  # fmt: skip
+    for name, of_kind in sorted(groups.items()):
+        shapes: Counter[tuple[int, int]] = Counter()
+        for stack, *shape in (matrix.shape for matrix in of_kind):
+            shapes[shape[0], shape[1]] += stack
+        over_each = zip(OVER, zip(*of_kind.values(), strict=True), strict=True)
+        kinds[name] = {"shapes": [[count, *shape] for shape, count in sorted(shapes.items())]} | {
+            over: _mean(values) for over, values in over_each
+        }
     return kinds
 
 

@@ -27,15 +27,13 @@ class Kind:
 
     Attributes:
         name: of its matrices, without the numbers of layers and experts.
-        matrices, rows, columns: how many there are, and of which shape.
+        shapes: how many matrices there are of so many rows and columns.
         ratios: by what the means are over, the mean of SNR over layers and measurements; NaN where
             nothing varies.
     """
 
     name: str
-    matrices: int
-    rows: int
-    columns: int
+    shapes: tuple[tuple[int, int, int], ...]
     ratios: dict[str, float]
 
     @property
@@ -47,13 +45,15 @@ class Kind:
 
     @property
     def moments(self) -> int:
-        return self.matrices * self.rows * self.columns
+        return sum(matrices * rows * columns for matrices, rows, columns in self.shapes)
 
     @property
     def left(self) -> int:
         """How many numbers are left of them."""
-        means = {None: self.rows * self.columns, "fan_in": self.rows, "fan_out": self.columns}
-        return self.matrices * means.get(self.over, 1)
+        return sum(
+            matrices * {None: rows * columns, "fan_in": rows, "fan_out": columns}.get(self.over, 1)
+            for matrices, rows, columns in self.shapes
+        )
 
 
 def kinds_of(run: Run) -> list[Kind]:
@@ -66,9 +66,8 @@ def kinds_of(run: Run) -> list[Kind]:
 
 
 def _kind(name: str, records: Sequence[Record]) -> Kind:
-    rows, columns = records[-1]["shape"]
     ratios = {over: _mean([record[over] for record in records]) for over in OVER}
-    return Kind(name, records[-1]["matrices"], rows, columns, ratios)
+    return Kind(name, tuple((*shape,) for shape in records[-1]["shapes"]), ratios)
 
 
 def _mean(values: list[float | None]) -> float:
@@ -84,7 +83,8 @@ def format_moments(run: Run) -> str:
     headings = ["second moments of", "matrices", "rows", "columns", *OVER, "means over", "left"]
     rows: list[list[tuple[float | str | None, str]]] = [
         [
-            (kind.name, "s"), (kind.matrices, "d"), (kind.rows, "d"), (kind.columns, "d"),
+            (kind.name, "s"),
+            *((", ".join(map(str, numbers)), "s") for numbers in zip(*kind.shapes, strict=True)),
             *((kind.ratios[over], ".3g") for over in OVER),
             (kind.over, "s"), (kind.left / kind.moments, ".2%"),
         ]
@@ -92,9 +92,10 @@ def format_moments(run: Run) -> str:
     ]  # fmt: skip
     moments, left = sum(kind.moments for kind in kinds), sum(kind.left for kind in kinds)
     return aligned(headings, rows, to_the_left=(0,)) + (
-        f"\nSNR of Adam's second moments, means of {_number(run)} measurements; at {CUTOFF:g} or "
-        f"more their means could stand for them: {left:,} numbers in place of {moments:,}, "
-        f"{1 - left / moments:.1%} less ({BYTES * (moments - left) / 2**20:,.3g} MiB in fp32)"
+        f"\nSNR of Adam's second moments, means of up to {_number(run)} measurements; at "
+        f"{CUTOFF:g} or more their means could stand for them: {left:,} numbers in place of "
+        f"{moments:,}, {1 - left / moments:.1%} less "
+        f"({BYTES * (moments - left) / 2**20:,.3g} MiB in fp32)"
     )
 
 

@@ -63,7 +63,7 @@ def test_matrices_and_stacks_of_them() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     found = measured(model, optimizer).adam_snr
     assert found is not None and set(found) == {"matrix.weight", "experts"}
-    assert (found["experts"]["matrices"], found["experts"]["shape"]) == (2, [4, 5])
+    assert found["experts"]["shapes"] == [[2, 4, 5]]
     v = optimizer.state[model.experts]["exp_avg_sq"].double()
     expected = sum(ratio(row) for expert in v for row in expert) / 8
     assert found["experts"]["fan_in"] == pytest.approx(expected, rel=1e-9)

@@ -16,7 +16,7 @@ def record(iteration: int, **kinds: tuple[float | None, ...]) -> dict[str, Any]:
     return {
         "iteration": iteration,
         "adam_snr": {
-            name: {"matrices": 2, "shape": [4, 8]}
+            name: {"shapes": [[2, 4, 8]]}
             | dict(zip(("fan_in", "fan_out", "both"), ratios, strict=True))
             for name, ratios in kinds.items()
         },
@@ -36,7 +36,7 @@ def record(iteration: int, **kinds: tuple[float | None, ...]) -> dict[str, Any]:
 def test_the_dimension_with_the_largest_ratio_if_that_is_large(
     ratios: tuple[float, ...], over: str | None, left: int
 ) -> None:
-    kind = Kind("w", 2, 4, 8, dict(zip(("fan_in", "fan_out", "both"), ratios, strict=True)))
+    kind = Kind("w", ((2, 4, 8),), dict(zip(("fan_in", "fan_out", "both"), ratios, strict=True)))
     assert (kind.over, kind.left, kind.moments) == (over, left, 64)
 
 
@@ -49,8 +49,17 @@ def test_ratios_are_means_over_measurements() -> None:
     assert (first.ratios["fan_in"], first.ratios["fan_out"], first.over) == (0.75, 3.0, "fan_out")
     assert math.isnan(first.ratios["both"]) and second.over is None
     *_, said = format_moments(run).splitlines()
-    assert "means of 2 measurements" in said
+    assert "means of up to 2 measurements" in said
     assert "80 numbers in place of 128, 37.5% less" in said
+
+
+def test_a_kind_of_two_shapes_is_one_line() -> None:
+    late = {"shapes": [[1, 4, 8], [1, 16, 8]], "fan_in": 2.0, "fan_out": 0.1, "both": 0.1}
+    run = Run("run", [record(10, a=(2.0, 0.1, 0.1)), {"iteration": 20, "adam_snr": {"a": late}}])
+    _, line, said = format_moments(run).splitlines()
+    assert line.split() == ["a", "1,", "1", "4,", "16", "8,", "8", "2", "0.1", "0.1", "fan_in",
+                            "12.50%"]  # fmt: skip
+    assert "20 numbers in place of 160" in said
 
 
 def test_nothing_is_said_where_nothing_was_measured() -> None:
