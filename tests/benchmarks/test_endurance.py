@@ -42,7 +42,7 @@ def check(document: dict[str, Any]) -> None:
     assert faults["nan"]["status"] == "found" and faults["nan"]["off"] < 0.5
 
 
-@pytest.mark.timeout(600)  # 80 s on two cores of its own
+@pytest.mark.timeout(900)  # 80 s on two cores of its own
 def test_a_short_run_through_all_faults() -> None:
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")

@@ -31,7 +31,7 @@ def run_all(root: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Run]:
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        output, _ = worker.communicate(timeout=570)
+        output, _ = worker.communicate(timeout=870)  # three minutes on two cores of its own
     except subprocess.TimeoutExpired:
         os.killpg(worker.pid, signal.SIGKILL)
         output, _ = worker.communicate()

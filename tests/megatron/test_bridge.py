@@ -16,7 +16,7 @@ from tests.megatron.harness import Run, other_data, run
 from tests.megatron.test_number import ONE_STEP as ONE_STEP_OF_MEGATRON
 from tests.megatron.test_number import check_moments
 
-pytestmark = pytest.mark.timeout(600)  # of the first test, which makes all runs
+pytestmark = pytest.mark.timeout(900)  # of the first test, which makes all runs
 
 BF16 = {
     "model": {"bf16": True, "params_dtype": "bfloat16", "pipeline_dtype": "bfloat16"},

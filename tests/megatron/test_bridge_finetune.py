@@ -11,7 +11,7 @@ from tests.megatron.bridge_runs import check_scan, run_all
 from tests.megatron.harness import ROOT, Run, other_data
 from tests.megatron.test_bridge import BF16, DISTRIBUTED, OVERLAP, PP, VPP
 
-pytestmark = pytest.mark.timeout(600)  # of the first test, which makes all runs
+pytestmark = pytest.mark.timeout(900)  # of the first test, which makes all runs
 
 SFT: dict[str, Any] = {"sft": True}
 PACKED = {**SFT, "packed": True}

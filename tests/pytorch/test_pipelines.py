@@ -19,7 +19,7 @@ def started(factory: pytest.TempPathFactory, processes: int) -> Ranks:
     arguments = ["-m", "tests.pytorch.pipelines_worker", str(folder)]
     ranks = start_ranks(arguments, folder, processes)
     try:
-        codes = [rank.wait(timeout=280) for rank in ranks]
+        codes = [rank.wait(timeout=560) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
