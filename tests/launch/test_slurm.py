@@ -109,8 +109,9 @@ def test_a_preempted_training_measures_what_an_uninterrupted_one_does(
     if launcher == "gpt":
         assert preempted.iterations == whole.iterations
     else:
-        again = next(n for last, n in pairwise(preempted.iterations) if n != last + 1)
-        assert again % SAVED == 1
+        # From its last checkpoint: none is made again where it was preempted right at that.
+        again = [n for last, n in pairwise(preempted.iterations) if n != last + 1]
+        assert len(again) <= 1 and all(n % SAVED == 1 for n in again)
     assert preempted.records == whole.records
     assert training_lines(preempted.output)[-5:] == training_lines(whole.output)[-5:]
 
