@@ -9,7 +9,7 @@ import numpy as np
 from experiments import training
 from experiments.warmup import criterion
 from experiments.warmup.criterion import Cell
-from experiments.warmup.run import EVERY, MODELS, chance
+from experiments.warmup.run import EVERY, MODELS
 
 PAPER = "warm-up paper"
 TITLES = {"digits-sharp": "digits, sharp start", "digits-flat": "digits, flat start", "gpt": "GPT"}
@@ -210,7 +210,7 @@ def typical(cell: Cell) -> float:
 
 
 def mostly_trains(cell: Cell) -> bool:
-    return typical(cell) < criterion.TRAINS * chance(cell.model.split("-")[0])
+    return typical(cell) < cell.bound
 
 
 def in_ramps(grid: Grid, model: str, optimizer: str) -> list[float]:

@@ -48,9 +48,14 @@ class Cell:
         found = (row.get(which, row["plain"]) for row in self.rows)
         return [math.inf if loss is None else loss for loss in found]
 
+    @property
+    def bound(self) -> float:
+        """The final loss below which a training trains."""
+        return TRAINS * chance(self.model.split("-")[0])
+
     def trains(self, which: str = "plain") -> bool:
         """With every seed."""
-        return max(self.losses(which)) < TRAINS * chance(self.model.split("-")[0])
+        return max(self.losses(which)) < self.bound
 
     @property
     def saved(self) -> int:

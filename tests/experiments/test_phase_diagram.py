@@ -51,5 +51,6 @@ def test_the_largest_eigenvalue_is_the_references() -> None:
 
 def test_the_report_names_the_four_regimes_in_order() -> None:
     runs = training.read(ROOT / "experiments" / "phase_diagram")
-    assert claims.regimes_in_order(runs["regimes-0"]) == 4
+    found = [claims.regimes_in_order(runs[f"regimes-{seed}"]) for seed in run.REGIME_SEEDS]
+    assert found == [4] * 7 + [3]  # the last one rests below the line for long
     assert claims.regimes_in_order(runs["regimes-0"][40:]) < 4
